@@ -1,0 +1,196 @@
+"""Read and write video files: `probe`, `read_frames`, `write_video`.
+
+PyAV walks the packets first (no decoding): that finds files that are no video, have no frames or are cut short, and gives the
+presentation time of each frame. Then decord decodes, because it is the quicker reader; it never sees a broken file, on which
+0.6.0 may retry for minutes. Codecs it cannot decode (AV1), files whose frames it counts differently, and files on which it fails
+are decoded by PyAV. A frame's index is its rank by presentation time, in both readers. Not a streaming reader: one call opens,
+reads and closes, so that nothing is shared between worker processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+# What decord 0.6.0 decodes rightly; anything else goes to PyAV straight away.
+DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
+
+
+class BrokenVideo(ValueError):
+    """A video file that cannot be used; the message names the file, what is wrong, and the remedy."""
+
+    def __init__(self, path: Path | str, problem: str, remedy: str = "download or convert the file again"):
+        super().__init__(f"{path}: {problem}; {remedy}")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the container says, checked against its packets."""
+
+    num_frames: int
+    fps: float  # average; a file of variable frame rate has it only on average
+    height: int
+    width: int
+    seconds: float  # duration, up to the end of the last frame
+    codec: str
+    timestamps: tuple[float, ...]  # (num_frames,) start of each frame in seconds, the first at 0
+
+
+def probe(path: Path | str) -> VideoInfo:
+    """Describe a video without decoding it. Raises FileNotFoundError, or BrokenVideo if it has no complete video stream."""
+    info, _ = _walk_packets(path)
+    return info
+
+
+def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Decode the frames with the given indices, in the given order, repeats allowed.
+
+    Returns uint8 (T, H, W, 3), RGB. Raises FileNotFoundError, BrokenVideo, or ValueError for an index outside the video.
+    """
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    info, pts = _walk_packets(path)
+    if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= info.num_frames:
+        raise ValueError(f"{path}: has frames 0 to {info.num_frames - 1}, asked for {wanted.tolist()}; sample inside the video")
+    if info.codec in DECORD_CODECS:
+        frames = _read_decord(path, wanted, info)
+        if frames is not None:
+            return frames
+    return _read_av(path, wanted, pts)
+
+
+def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 18) -> None:
+    """Write uint8 RGB frames (T, H, W, 3) as H.264 mp4; H and W even. The file appears only when it is complete."""
+    av = _import("av")
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise ValueError(f"frames must be uint8 (T, H, W, 3) with T > 0, got {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"H.264 in yuv420p needs an even height and width, got {frames.shape[1:3]}; pad or crop by one pixel")
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}  # one thread: same bytes everywhere
+    try:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _import(name: str):
+    """av or decord; a missing one is an error that names the extra."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"reading video needs {name}; install it with: pip install 'dr2net[video]'") from error
+
+
+def _open(path: Path | str) -> "InputContainer":
+    av = _import("av")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such video file; check the data root, or run the task's prepare")
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise BrokenVideo(path, f"is not a readable video ({error})") from error
+    if not container.streams.video:
+        container.close()
+        raise BrokenVideo(path, "has no video stream")
+    return container
+
+
+def _walk_packets(path: Path | str) -> tuple[VideoInfo, list[int]]:
+    """The info, and the presentation times (in stream units) of the frames that will be shown, ascending."""
+    av = _import("av")
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        times, durations, size = [], [], 0
+        try:
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None and not packet.is_discard:
+                    times.append(packet.pts)
+                    durations.append(packet.duration or 0)
+                    if packet.is_corrupt:
+                        raise BrokenVideo(path, f"is cut short or damaged at frame {len(times) - 1}")
+                size += packet.size
+        except av.error.FFmpegError as error:
+            raise BrokenVideo(path, f"is cut short or damaged after {len(times)} frames ({error})") from error
+        if not times:
+            raise BrokenVideo(path, "has no frames")
+        # mp4 declares its number of frames; fewer packets than that means the end is missing. WebM declares 0: unknown.
+        # Two are allowed for: packets that an edit list hides are not always marked.
+        if stream.frames and len(times) < stream.frames - 2:
+            raise BrokenVideo(path, f"is cut short: {len(times)} of {stream.frames} frames are in the file")
+        context = stream.codec_context
+        if not context.width or not context.height:
+            raise BrokenVideo(path, "declares no frame size")
+        order = np.argsort(np.asarray(times), kind="stable")
+        pts = [times[i] for i in order]
+        base = float(stream.time_base)
+        fps = float(stream.average_rate or 0)
+        last = durations[order[-1]] * base or (1 / fps if fps else 0.0)
+        timestamps = tuple((t - pts[0]) * base for t in pts)
+        seconds = timestamps[-1] + last
+        info = VideoInfo(
+            num_frames=len(pts),
+            fps=fps or (len(pts) / seconds if seconds else 0.0),
+            height=context.height,
+            width=context.width,
+            seconds=seconds,
+            codec=context.codec.canonical_name,
+            timestamps=timestamps,
+        )
+        return info, pts
+
+
+def _read_decord(path: Path | str, wanted: np.ndarray, info: VideoInfo) -> np.ndarray | None:
+    """Frames by decord, or None where PyAV has to do it: decord fails, or counts other frames than the packets show."""
+    decord = _import("decord")
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        if len(reader) != info.num_frames:
+            return None
+        frames = reader.get_batch(wanted.tolist()).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError):
+        return None  # _read_av says what is wrong if it fails too
+    return frames if frames.shape == (len(wanted), info.height, info.width, 3) else None
+
+
+def _read_av(path: Path | str, wanted: np.ndarray, pts: list[int]) -> np.ndarray:
+    """Frames by PyAV, matched by presentation time; from the key frame before the first, else from the beginning."""
+    av = _import("av")
+    needed = {pts[i] for i in wanted.tolist()}
+    for from_start in (False, True):  # a seek may land late in files with a bad index
+        found: dict[int, np.ndarray] = {}
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            try:
+                if not from_start:
+                    container.seek(min(needed), stream=stream, backward=True)
+                for frame in container.decode(stream):
+                    if frame.pts in needed:
+                        found[frame.pts] = frame.to_ndarray(format="rgb24")
+                        if len(found) == len(needed):
+                            break
+            except av.error.FFmpegError as error:
+                if from_start:
+                    problem = f"cannot be decoded ({error})"
+                    raise BrokenVideo(path, problem, "convert it to H.264, for example with ffmpeg") from error
+        if len(found) == len(needed):
+            return np.stack([found[pts[i]] for i in wanted.tolist()])
+    missing = sorted(pts.index(t) for t in needed - found.keys())
+    raise BrokenVideo(path, f"frames {missing[:10]} cannot be decoded")
