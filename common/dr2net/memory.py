@@ -1,0 +1,299 @@
+"""Peak memory of a training step: measured, or predicted without the memory, and the largest input that fits.
+
+    def step() -> None:
+        loss(model, torch.randn(16, 3, 224, 224)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    measure(step, model, optimizer).peak     # runs it
+    predict(step, model, optimizer).peak     # the same number from fake tensors: no GPU, no memory, seconds
+
+Both count live tensor bytes: every storage that an operator returns, from then until nobody refers to it, views counted
+once. They see neither what a kernel allocates and frees inside one operator, nor fragmentation, nor the CUDA context;
+`measure` therefore also reports the allocator's peak (CUDA) and the process's. A prediction is made with the operators
+that a CPU would run, because the backward of fake CUDA tensors fails without a GPU.
+"""
+
+import contextlib
+import resource
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Category = Literal["parameters", "gradients", "optimizer", "activations"]
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class LiveTensors:
+    """Equal tensors that were alive at the peak: how many, what they are, which operator at which line made them."""
+
+    count: int
+    bytes: int  # of all of them together
+    category: Category
+    operator: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    line: str  # "file:line" of the nearest Python frame outside torch
+
+    def __str__(self) -> str:
+        kind = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{format_bytes(self.bytes):>10}  {self.count:4d} x {kind:34} {self.category:11} {self.operator} {self.line}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. The four categories are what was alive at the moment of the peak, and add up to it."""
+
+    peak: int
+    parameters: int  # and buffers
+    gradients: int
+    optimizer: int
+    activations: int  # all else: stored activations, their gradients, temporaries, the input
+    device: int | None = None  # peak of the CUDA allocator, where there is one
+    process: int | None = None  # peak resident memory of the whole process since it started; None when predicted
+    live: tuple[LiveTensors, ...] = ()  # what lived at the peak, largest first
+
+
+@dataclass
+class _Allocation:
+    bytes: int
+    device: str
+    operator: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    line: str
+    category: Category = "activations"
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Logs births, deaths and changes of size of storages. The peak and its split are read from the log afterwards,
+    because what is a gradient or optimizer state is known only once the step is over.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.log: list[tuple[int, int]] = []  # (allocation number, change in bytes)
+        self.allocations: list[_Allocation] = []
+        self._numbers: dict[int, int] = {}  # id of a live storage -> its allocation number
+        self._references: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # An argument that no operator made (the batch, a constant) counts from its first use on.
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self.see(value, "input")
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.see(value, str(func))
+        return result
+
+    def see(self, tensor: Tensor, operator: str, category: Category | None = None) -> None:
+        if tensor.device.type != self.device or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key, num_bytes = id(storage), storage.nbytes()
+        number = self._numbers.get(key)
+        if number is None:
+            number = len(self.allocations)
+            self.allocations.append(
+                _Allocation(0, self.device, operator, tensor.dtype, tuple(tensor.shape), _line_outside_torch())
+            )
+            self._numbers[key] = number
+            self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        allocation = self.allocations[number]
+        if num_bytes != allocation.bytes:
+            self.log.append((number, num_bytes - allocation.bytes))
+            allocation.bytes = num_bytes
+        if category is not None:
+            allocation.category = category
+
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        number = self._numbers.pop(key)
+        self.log.append((number, -self.allocations[number].bytes))
+
+    def memory(self) -> Memory:
+        now = peak = moment = 0
+        for index, (_, change) in enumerate(self.log):
+            now += change
+            if now > peak:
+                peak, moment = now, index + 1
+        alive: Counter[int] = Counter()
+        for number, change in self.log[:moment]:
+            alive[number] += change
+        split: Counter[str] = Counter()
+        groups: dict[tuple, list[int]] = {}
+        for number, num_bytes in alive.items():
+            if num_bytes:
+                a = self.allocations[number]
+                split[a.category] += num_bytes
+                groups.setdefault((a.category, a.operator, a.dtype, a.shape, a.line), []).append(num_bytes)
+        live = (LiveTensors(len(sizes), sum(sizes), *group) for group, sizes in groups.items())
+        return Memory(
+            peak=peak,
+            parameters=split["parameters"],
+            gradients=split["gradients"],
+            optimizer=split["optimizer"],
+            activations=split["activations"],
+            live=tuple(sorted(live, key=lambda tensors: -tensors.bytes)),
+        )
+
+
+def measure(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
+    """Run `step` and report its peak. With an optimizer that has no state yet, the second step is the one measured.
+
+    `step` trains for real: forward, backward and, where an optimizer is given, its step. The device is that of the
+    model's first parameter; only tensors there are counted.
+    """
+    device = _device_of(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    memory = _run(step, model, optimizer, device.type)
+    allocator = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Memory(**{**vars(memory), "device": allocator, "process": process})
+
+
+def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
+    """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
+
+    Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
+    torch's "meta" device. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`,
+    `if loss > 1:`) cannot be predicted and raises.
+    """
+    _device_of(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _fake_tensors(mode, model, optimizer):
+        return _run(step, model, optimizer, "cpu")
+
+
+def largest(peak: Callable[[int], int], budget: int, *, limit: int = 1 << 16) -> int:
+    """The largest n <= limit with peak(n) <= budget bytes, for a peak that grows with n; 0 if not even 1 fits.
+
+    peak: bytes for n samples (or frames): `lambda n: predict(...).peak`. It is nearly a straight line, so few are tried.
+    """
+    tried: dict[int, int] = {}
+
+    def fits(n: int) -> bool:
+        tried[n] = peak(n)
+        return tried[n] <= budget
+
+    if not fits(1):
+        return 0
+    if limit == 1 or not fits(2):
+        return 1
+    low, high = 2, limit + 1  # low fits, high does not or is not allowed
+    while high - low > 1:
+        first, last = sorted(tried)[-2:] if high > limit else (1, low)
+        slope = max(1, (tried[last] - tried[first]) // (last - first))
+        guess = low + (budget - tried[low]) // slope
+        if high <= limit and not low < guess < high:  # the line has misled: halve
+            guess = (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        if fits(guess):
+            low = guess
+            if low + 1 < high and not fits(low + 1):
+                high = low + 1
+            elif low + 1 < high:
+                low += 1
+        else:
+            high = guess
+    return low
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`format_bytes(3 << 29)` is "1.50 GiB"; below one GiB the unit is MiB."""
+    gib = num_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters; give the module that is trained, not a function of it")
+    return parameter.device
+
+
+def _run(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str) -> Memory:
+    if optimizer is not None and not optimizer.state:
+        step()
+    tracker = _LiveBytes(device)
+
+    def see_gradient(parameter: Tensor) -> None:
+        tracker.see(parameter.grad, "gradient", "gradients")
+
+    with contextlib.ExitStack() as stack:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tracker.see(tensor, "parameter", "parameters")
+            if tensor.grad is not None:
+                see_gradient(tensor)
+            if tensor.requires_grad:  # the gradients may be gone at the end of the step, so they are caught on arrival
+                stack.callback(tensor.register_post_accumulate_grad_hook(see_gradient).remove)
+        _see_state(tracker, optimizer)
+        with tracker:
+            step()
+        _see_state(tracker, optimizer)
+    return tracker.memory()
+
+
+def _see_state(tracker: _LiveBytes, optimizer: Optimizer | None) -> None:
+    for state in optimizer.state.values() if optimizer is not None else ():
+        for value in tree_leaves(state):
+            if isinstance(value, Tensor):
+                tracker.see(value, "state", "optimizer")
+
+
+@contextlib.contextmanager
+def _fake_tensors(mode: FakeTensorMode, model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """Every tensor that the modules or the optimizer hold is a fake CPU tensor inside, and its own self afterwards."""
+    fakes: dict[int, Any] = {}
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        if id(value) not in fakes:  # tied parameters stay tied
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            if isinstance(value, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=value.requires_grad)
+            fakes[id(value)] = twin
+        return fakes[id(value)]
+
+    with contextlib.ExitStack() as stack:
+        holders = [h for m in model.modules() for h in (m._parameters, m._buffers, vars(m))]
+        if optimizer is not None:
+            stack.callback(optimizer.state.update, dict(optimizer.state))
+            stack.callback(optimizer.state.clear)
+            for parameter, state in [*optimizer.state.items()]:
+                del optimizer.state[parameter]
+                optimizer.state[fake(parameter)] = {key: fake(value) for key, value in state.items()}
+            for group in optimizer.param_groups:
+                stack.callback(group.update, params=group["params"])
+                group["params"] = [fake(parameter) for parameter in group["params"]]
+        for holder in holders:
+            own = {name: value for name, value in holder.items() if isinstance(value, Tensor)}
+            stack.callback(holder.update, own)
+            holder.update({name: fake(value) for name, value in own.items()})
+        yield
+
+
+def _line_outside_torch() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and name != __file__ and not name.startswith("<"):
+            return f"{'/'.join(name.rsplit('/', 2)[-2:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
