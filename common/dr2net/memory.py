@@ -48,7 +48,8 @@ class LiveTensors:
 
     def __str__(self) -> str:
         kind = f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-        return f"{format_bytes(self.bytes):>10}  {self.count:4d} x {kind:34} {self.category:11} {self.operator} {self.line}"
+        size = format_bytes(self.bytes)
+        return f"{size:>10}  {self.count:4d} x {kind:34} {self.category:11} {self.operator} {self.line}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ class Memory:
 @dataclass
 class _Allocation:
     bytes: int
-    device: str
     operator: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -108,9 +108,7 @@ class _LiveBytes(TorchDispatchMode):
         number = self._numbers.get(key)
         if number is None:
             number = len(self.allocations)
-            self.allocations.append(
-                _Allocation(0, self.device, operator, tensor.dtype, tuple(tensor.shape), _line_outside_torch())
-            )
+            self.allocations.append(_Allocation(0, operator, tensor.dtype, tuple(tensor.shape), _line_outside_torch()))
             self._numbers[key] = number
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         allocation = self.allocations[number]
@@ -181,36 +179,24 @@ def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
 
 
 def largest(peak: Callable[[int], int], budget: int, *, limit: int = 1 << 16) -> int:
-    """The largest n <= limit with peak(n) <= budget bytes, for a peak that grows with n; 0 if not even 1 fits.
+    """The largest n <= limit with peak(n) <= budget bytes; 0 if not even one fits.
 
-    peak: bytes for n samples (or frames): `lambda n: predict(...).peak`. It is nearly a straight line, so few are tried.
+    peak: the bytes for n samples (or frames), `lambda n: predict(...).peak`. It must grow with n. As it is nearly a
+    straight line, a handful of tries is enough.
     """
-    tried: dict[int, int] = {}
-
-    def fits(n: int) -> bool:
-        tried[n] = peak(n)
-        return tried[n] <= budget
-
-    if not fits(1):
-        return 0
-    if limit == 1 or not fits(2):
-        return 1
-    low, high = 2, limit + 1  # low fits, high does not or is not allowed
+    peaks: dict[int, int] = {}
+    low, high, guess = 0, limit + 1, 1  # low fits, high does not
     while high - low > 1:
-        first, last = sorted(tried)[-2:] if high > limit else (1, low)
-        slope = max(1, (tried[last] - tried[first]) // (last - first))
-        guess = low + (budget - tried[low]) // slope
-        if high <= limit and not low < guess < high:  # the line has misled: halve
+        peaks[guess] = peak(guess)
+        low, high = (guess, high) if peaks[guess] <= budget else (low, guess)
+        if len(peaks) == 1:
+            guess = 2
+        elif len(peaks) > 6:  # not a straight line after all: halve
             guess = (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-        if fits(guess):
-            low = guess
-            if low + 1 < high and not fits(low + 1):
-                high = low + 1
-            elif low + 1 < high:
-                low += 1
         else:
-            high = guess
+            near, far = (low, high) if high in peaks else sorted(peaks)[-2:]
+            guess = near + int((budget - peaks[near]) * (far - near) / max(1, peaks[far] - peaks[near]))
+        guess = min(max(guess, low + 1), high - 1)
     return low
 
 
