@@ -1,0 +1,59 @@
+"""The learned, task-specific part: pooled tokens to class scores, the loss, and the merging of views.
+
+    logits = Linear(dropout(LayerNorm(mean over tokens)))          # the head with which VideoMAE is finetuned
+    loss   = - sum_k t_k log softmax(logits)_k                     # t: one-hot or mixed labels, smoothed
+
+Not here: mixup and cutmix themselves, which the loader draws (`data.py`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MeanPoolHead(nn.Module):
+    """Tokens (B, N, D) -> logits (B, K). The linear layer starts small, so that first predictions are near uniform."""
+
+    def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.dropout(self.norm(tokens.mean(dim=1))))
+
+
+def build_criterion(*, num_classes: int, label_smoothing: float) -> Callable[[dict, dict], dict[str, Tensor]]:
+    """Return criterion(outputs, batch) -> {"classification": scalar}.
+
+    outputs["logits"]: (B, K). batch["target"]: (B, K) mixed labels if the loader mixes, else batch["label"]: (B,) long.
+    Both are smoothed to (1 - s) t + s / K here and nowhere else. Computed in float32 outside autocast.
+    ValueError if a label is outside 0..K-1.
+    """
+
+    def criterion(outputs: dict, batch: dict) -> dict[str, Tensor]:
+        with torch.autocast(outputs["logits"].device.type, enabled=False):
+            logits = outputs["logits"].float()
+            if "target" in batch:
+                target = batch["target"].float()
+            else:
+                target = one_hot(batch["label"], num_classes)
+            target = (1 - label_smoothing) * target + label_smoothing / num_classes
+            return {"classification": F.cross_entropy(logits, target)}
+
+    return criterion
+
+
+def one_hot(label: Tensor, num_classes: int) -> Tensor:
+    """(B,) long -> (B, K) float32, by comparison: no value is read, so fake tensors pass and the device is not waited for."""
+    return (label[:, None] == torch.arange(num_classes, device=label.device)).float()
+
+
+def merge_views(probabilities: Tensor) -> Tensor:
+    """Views (V, K) of one video -> (K,): the mean of probabilities, not of logits (VideoMAE's test protocol)."""
+    return probabilities.mean(dim=0)

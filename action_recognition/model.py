@@ -1,0 +1,75 @@
+"""A video backbone and a mean-pool head: model(batch) -> {"logits": (B, K)}.
+
+    model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalised
+
+`model.backbone` is what a finetuning method applies to. Not here: loss, schedules, precision.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from action_recognition.configs import Config
+from action_recognition.head import MeanPoolHead
+from dr2net.backbones.weights import load_exactly, read_weights
+
+
+class ActionRecognizer(nn.Module):
+    """Backbone, then head. Layers for learning-rate decay: 0 = embeddings, ..., num_layers = head."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        return {"logits": self.head(self.backbone(batch["video"]))}
+
+    @property
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter by its name in `named_parameters()`."""
+        if name.startswith("backbone."):
+            return self.backbone.layer_of(name.removeprefix("backbone."))
+        return self.num_layers
+
+
+def build_model(config: Config) -> ActionRecognizer:
+    """Build the row's network with its pretrained backbone. ValueError if weights cannot be had, do not fit or hold NaN."""
+    backbone = _build_backbone(config)
+    broken = [name for name, value in backbone.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"pretrained weights of {config.model.name} hold NaN or infinity in {broken[:3]}; fetch them again")
+    return ActionRecognizer(backbone, MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout))
+
+
+def _build_backbone(config: Config) -> nn.Module:
+    model, data = config.model, config.data
+    if model.family == "videomae":
+        from dr2net.backbones.videomae import build_videomae
+
+        return build_videomae(
+            model.name,
+            weights=model.weights,
+            num_frames=data.num_frames,
+            image_size=data.image_size,
+            depth=model.depth,
+            drop_path=model.drop_path,
+        )
+    from dr2net.backbones.video_vit import VideoViT, build_image_vit, build_tiny_vit
+
+    if model.name == "tiny":  # this project's own; its weights are those of a whole VideoViT
+        image = build_tiny_vit(image_size=data.image_size, drop_path=model.drop_path)
+        backbone = VideoViT(image, num_frames=data.num_frames, tubelet=model.tubelet)
+        if model.weights is not None:
+            load_exactly(backbone, read_weights(model.weights), source=str(model.weights))
+        return backbone
+    image = build_image_vit(
+        model.name,
+        image_size=data.image_size,
+        weights=model.weights,
+        depth=model.depth,
+        drop_path=model.drop_path,
+    )
+    return VideoViT(image, num_frames=data.num_frames, tubelet=model.tubelet)
