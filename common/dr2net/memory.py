@@ -262,9 +262,7 @@ def _fake_tensors(mode: FakeTensorMode, model: nn.Module, optimizer: Optimizer |
         if optimizer is not None:
             stack.callback(optimizer.state.update, dict(optimizer.state))
             stack.callback(optimizer.state.clear)
-            for parameter, state in [*optimizer.state.items()]:
-                del optimizer.state[parameter]
-                optimizer.state[fake(parameter)] = {key: fake(value) for key, value in state.items()}
+            optimizer.state.clear()  # the first fake step makes it anew
             for group in optimizer.param_groups:
                 stack.callback(group.update, params=group["params"])
                 group["params"] = [fake(parameter) for parameter in group["params"]]
