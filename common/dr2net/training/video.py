@@ -1,10 +1,10 @@
 """Read and write video files: `probe`, `read_frames`, `write_video`.
 
-PyAV walks the packets first (no decoding): that finds files that are no video, have no frames or are cut short, and gives the
-presentation time of each frame. Then decord decodes, because it is the quicker reader; it never sees a broken file, on which
-0.6.0 may retry for minutes. Codecs it cannot decode (AV1), files whose frames it counts differently, and files on which it fails
-are decoded by PyAV. A frame's index is its rank by presentation time, in both readers. Not a streaming reader: one call opens,
-reads and closes, so that nothing is shared between worker processes.
+PyAV walks the packets first (no decoding): that finds files that are no video, have no frames or are cut short, and
+gives the presentation time of each frame. Then decord decodes, because it is the quicker reader; it never sees a
+broken file, on which 0.6.0 may retry for minutes. Codecs it cannot decode (AV1), files whose frames it counts
+differently, and files on which it fails are decoded by PyAV. A frame's index is its rank by presentation time, in both
+readers. Not a streaming reader: one call opens, reads and closes, so that nothing is shared between worker processes.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class VideoInfo:
 
 
 def probe(path: Path | str) -> VideoInfo:
-    """Describe a video without decoding it. Raises FileNotFoundError, or BrokenVideo if it has no complete video stream."""
+    """Describe a video without decoding it. Raises FileNotFoundError, or BrokenVideo if it is no complete video."""
     info, _ = _walk_packets(path)
     return info
 
@@ -51,12 +51,13 @@ def probe(path: Path | str) -> VideoInfo:
 def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Decode the frames with the given indices, in the given order, repeats allowed.
 
-    Returns uint8 (T, H, W, 3), RGB. Raises FileNotFoundError, BrokenVideo, or ValueError for an index outside the video.
+    Returns uint8 (T, H, W, 3), RGB. Raises FileNotFoundError, BrokenVideo, or ValueError for an index outside it.
     """
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
     info, pts = _walk_packets(path)
     if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= info.num_frames:
-        raise ValueError(f"{path}: has frames 0 to {info.num_frames - 1}, asked for {wanted.tolist()}; sample inside the video")
+        have = f"has frames 0 to {info.num_frames - 1}"
+        raise ValueError(f"{path}: {have}, asked for {wanted.tolist()}; sample inside the video")
     if info.codec in DECORD_CODECS:
         frames = _read_decord(path, wanted, info)
         if frames is not None:
@@ -71,7 +72,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"frames must be uint8 (T, H, W, 3) with T > 0, got {frames.dtype} {frames.shape}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"H.264 in yuv420p needs an even height and width, got {frames.shape[1:3]}; pad or crop by one pixel")
+        raise ValueError(f"H.264 needs an even height and width, got {frames.shape[1:3]}; pad or crop by one pixel")
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
     path = Path(path)

@@ -1,0 +1,175 @@
+"""Write a composed data set of real mp4 files in the on-disk layout of Something-Something v2.
+
+    write_dataset(Path("data/motion"), Composition())
+
+`motion`: classes in which only the motion decides (dr2net.training.motion). `shapes`: another task, for pretraining:
+which of four shapes does which of four kinds of motion, whatever the direction; other seeds and other objects.
+Deterministic in the seed. Not Something-Something: it only borrows the layout, so that the same reader, recipe and
+metric run on it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dr2net.training.motion import MOTIONS, render_clip
+from dr2net.training.sprites import SHAPES, Group
+from dr2net.training.video import write_video
+
+VERSION = 1  # raise it when a change of the renderer changes the files
+VIDEO_FOLDER = "20bn-something-something-v2"
+STAMP = "composition.json"  # written last: its presence says that the data set is complete
+
+TEMPLATES = {
+    "moving left": "Moving [something] to the left",
+    "moving right": "Moving [something] to the right",
+    "moving up": "Moving [something] up",
+    "moving down": "Moving [something] down",
+    "approaching": "[Something] coming closer to the camera",
+    "receding": "[Something] going away from the camera",
+    "turning clockwise": "Turning [something] clockwise",
+    "turning counter-clockwise": "Turning [something] counter-clockwise",
+    "bouncing": "Bouncing [something]",
+    "shaking": "Shaking [something]",
+    "hiding": "Moving [something] behind [something]",
+    "appearing": "Moving [something] out from behind [something]",
+}
+SHAPES_OF_PRETRAINING = ("disc", "triangle", "star", "cross")
+AXES = {
+    "sideways": ("moving left", "moving right"),
+    "up or down": ("moving up", "moving down"),
+    "closer or away": ("approaching", "receding"),
+    "in a turn": ("turning clockwise", "turning counter-clockwise"),
+}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What to write. The files are a function of these values alone."""
+
+    variant: Literal["motion", "shapes"] = "motion"
+    num_classes: int = 12  # the first so many motions; 8 are four pairs of time reversals. `shapes` always has 16
+    num_train: int = 480
+    num_validation: int = 200
+    size: int = 98  # height and width in pixels, even
+    num_frames: tuple[int, int] = (16, 24)  # shortest and longest clip
+    fps: float = 12.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_classes <= len(MOTIONS):
+            raise ValueError(f"num_classes must be 2 to {len(MOTIONS)}, got {self.num_classes}")
+        if self.size % 2 or self.size < 32:
+            raise ValueError(f"size must be even and at least 32, got {self.size}")
+        if not 2 <= self.num_frames[0] <= self.num_frames[1]:
+            raise ValueError(f"num_frames must be (shortest, longest) with 2 <= shortest, got {self.num_frames}")
+
+    def templates(self) -> list[str]:
+        """One template per class, in the order of the class indices."""
+        if self.variant == "motion":
+            return [TEMPLATES[motion] for motion in list(MOTIONS)[: self.num_classes]]
+        return [f"Moving [something] {axis}: {shape}" for shape in SHAPES_OF_PRETRAINING for axis in AXES]
+
+
+def write_dataset(
+    root: Path, composition: Composition, *, workers: int = 2, on_clip: Callable[[], None] | None = None
+) -> bool:
+    """Write all clips and the three JSON files below `root`. False if they are there already, of the same parameters.
+
+    on_clip: called after each clip, for a progress bar. Files of another composition are an error, never overwritten.
+    """
+    root = Path(root)
+    stamp = json.loads(json.dumps({"version": VERSION, **asdict(composition)}))
+    if (root / STAMP).is_file():
+        found = json.loads((root / STAMP).read_text())
+        if found != stamp:
+            raise ValueError(f"{root}: holds another composed data set ({found}); choose another --root or delete it")
+        if all((root / VIDEO_FOLDER / f"{name}.mp4").is_file() for _, name, _ in _clips(composition)):
+            return False
+    elif (root / "something-something-v2-labels.json").exists():
+        raise ValueError(f"{root}: holds a data set that was not composed here; choose another --root")
+    (root / VIDEO_FOLDER).mkdir(parents=True, exist_ok=True)
+    jobs = [(root, composition, *clip) for clip in _clips(composition)]
+    entries: dict[str, list[dict]] = {"train": [], "validation": []}
+
+    def collect(results) -> None:
+        for (_, _, split, _, _), entry in zip(jobs, results, strict=True):
+            entries[split].append(entry)
+            if on_clip is not None:
+                on_clip()
+
+    if workers <= 1:
+        collect(map(_write_clip, jobs))
+    else:  # spawned: forking after torch has started threads can deadlock
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            collect(pool.map(_write_clip, jobs, chunksize=8))
+    for split, items in entries.items():
+        _write_json(root / f"something-something-v2-{split}.json", items)
+    labels = {template.replace("[", "").replace("]", ""): str(i) for i, template in enumerate(composition.templates())}
+    _write_json(root / "something-something-v2-labels.json", labels)
+    _write_json(root / STAMP, stamp)
+    return True
+
+
+def write_contact_sheet(path: Path, composition: Composition, *, columns: int = 8) -> None:
+    """A PNG with one validation clip per class, a row each, time from left to right."""
+    from PIL import Image, ImageDraw
+
+    rows, bar = [], 14
+    for label, template in enumerate(composition.templates()):
+        frames, name = _render(composition, "validation", label, label)
+        chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
+        row = Image.new("RGB", (columns * composition.size, composition.size + bar), (255, 255, 255))
+        row.paste(Image.fromarray(np.concatenate(list(chosen), axis=1)), (0, bar))
+        ImageDraw.Draw(row).text((2, 1), f"{label}  {template}   ({name})", fill=(0, 0, 0))
+        rows.append(np.asarray(row))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
+
+
+def _clips(composition: Composition) -> list[tuple[str, str, int]]:
+    """(split, id, class index) of every clip; classes take turns, so they are balanced to within one."""
+    num_classes = len(composition.templates())
+    return [("train", str(1 + i), i % num_classes) for i in range(composition.num_train)] + [
+        ("validation", str(1 + composition.num_train + i), i % num_classes) for i in range(composition.num_validation)
+    ]
+
+
+def _render(composition: Composition, split: str, number: int, label: int) -> tuple[np.ndarray, str]:
+    """One clip. Its key starts with seed, variant and split, so none shares a generator with another."""
+    key = (composition.seed, int(composition.variant == "shapes"), int(split == "validation"), number)
+    if composition.variant == "shapes":
+        shape, axis = divmod(label, len(AXES))
+        motion = list(AXES.values())[axis][int(np.random.default_rng((*key, 1)).integers(2))]
+        shapes: tuple[str, ...] = (SHAPES_OF_PRETRAINING[shape],)
+        group: Group = "pretraining"
+    else:
+        motion, shapes, group = list(MOTIONS)[label], SHAPES, "train" if split == "train" else "validation"
+    size, num_frames = composition.size, composition.num_frames
+    return render_clip(motion, key=key, group=group, size=size, num_frames=num_frames, shapes=shapes)
+
+
+def _write_clip(job: tuple[Path, Composition, str, str, int]) -> dict:
+    """Render and write one clip; returns its entry in the official JSON form."""
+    root, composition, split, name, label = job
+    frames, thing = _render(composition, split, int(name), label)
+    write_video(root / VIDEO_FOLDER / f"{name}.mp4", frames, composition.fps)
+    template = composition.templates()[label]
+    placeholders = [f"a {thing}", "a pillar"][: template.lower().count("[something]")]
+    text = template
+    for placeholder in placeholders:
+        text = text.replace("[something]", placeholder, 1).replace("[Something]", placeholder, 1)
+    return {"id": name, "label": text.lower(), "template": template, "placeholders": placeholders}
+
+
+def _write_json(path: Path, value: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

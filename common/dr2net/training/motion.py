@@ -1,0 +1,175 @@
+"""Composed motion clips: one drawn object moves before a drawn scene, and only the motion tells the class.
+
+    frames, name = render_clip("moving left", key=(seed, 7), group="train", size=98)
+
+Each clip has a pillar (the object may pass behind or before it), a slight camera drift, a brightness flicker and
+sensor noise. Position, size, angle, speed and objects are drawn alike for all classes. Five pairs of classes are time
+reversals of each other: the clip of "moving left" *is* the clip of "moving right" with the same key, played backwards,
+so no single frame, and no unordered set of frames, tells the two apart. Everything is a pure function of the key. Pure
+numpy and Pillow.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from dr2net.training.sprites import SHAPES, Group, draw_background, draw_object, objects_of
+
+# class -> (what is rendered, whether it is played backwards)
+MOTIONS: dict[str, tuple[str, bool]] = {
+    "moving left": ("right", True),
+    "moving right": ("right", False),
+    "moving up": ("down", True),
+    "moving down": ("down", False),
+    "approaching": ("grow", False),
+    "receding": ("grow", True),
+    "turning clockwise": ("turn", False),
+    "turning counter-clockwise": ("turn", True),
+    "bouncing": ("bounce", False),
+    "shaking": ("shake", False),
+    "hiding": ("hide", False),
+    "appearing": ("hide", True),
+}
+_RANGE = (0.17, 0.83)  # where the object's centre may be, in units of the frame
+_SIZES = (0.13, 0.32)  # the object's radius, in units of the frame
+
+
+@dataclass(frozen=True)
+class Track:
+    """The object in each frame, all (T,): centre and radius in units of the frame, angle in radians, clockwise."""
+
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    angle: np.ndarray
+
+
+def render_clip(
+    motion: str,
+    *,
+    key: tuple[int, ...],
+    group: Group,
+    size: int = 98,
+    num_frames: tuple[int, int] = (16, 24),
+    shapes: tuple[str, ...] = SHAPES,
+) -> tuple[np.ndarray, str]:
+    """Render one clip. Returns uint8 (T, size, size, 3) and the object's name.
+
+    motion: a key of MOTIONS; key: non-negative integers, the seed of everything random; group: which objects may occur;
+    num_frames: T is drawn from this range, ends included. Raises ValueError for an unknown motion.
+    """
+    if motion not in MOTIONS:
+        raise ValueError(f"unknown motion {motion!r}; one of {', '.join(MOTIONS)}")
+    kind, backwards = MOTIONS[motion]
+    rng = np.random.default_rng(key)
+    length = int(rng.integers(num_frames[0], num_frames[1] + 1))
+    pairs = [pair for pair in objects_of(group) if pair[0] in shapes]
+    shape, texture = pairs[int(rng.integers(len(pairs)))]
+    sprite, name = draw_object(rng, shape, texture)
+    margin = max(2, size // 12)
+    background = Image.fromarray(draw_background(rng, size + 2 * margin))
+    pillar = rng.uniform(0.12, 0.24)  # half its width; wide enough to hide what "hide" puts behind it
+    pillar_x, pillar_colour = rng.uniform(0.2, 0.8), rng.integers(40, 216, 3)
+    track = _track(rng, kind, length, pillar_x, pillar)
+    # Only the two hiding classes may begin or end behind the pillar: elsewhere that would hide the class itself.
+    hidden = np.abs(track.x - pillar_x) < pillar + 0.5 * track.radius
+    in_front = kind == "hide" or (rng.random() < 0.6 and not hidden[0] and not hidden[-1] and hidden.mean() < 0.5)
+    drift = _smooth(rng, length)[:, None] * rng.uniform(-1, 1, 2) * margin * 0.6
+    flicker = 1 + 0.06 * rng.uniform(0, 1) * _smooth(rng, length)
+    noise_level = rng.uniform(1, 5)
+
+    pyramid = [Image.fromarray(sprite).convert("RGBa")]  # premultiplied, so that edges interpolate rightly
+    while pyramid[-1].width > 8:  # halved again and again, so that shrinking does not alias
+        pyramid.append(pyramid[-1].resize((pyramid[-1].width // 2,) * 2, Image.Resampling.BOX))
+    column = np.arange(size) + 0.5
+    frames = np.empty((length, size, size, 3), np.uint8)
+    for t in range(length):
+        dx, dy = drift[t]
+        shift = (1, 0, margin - dx, 0, 1, margin - dy)
+        canvas = _warp(background, size, shift)
+        cover = np.clip(pillar * size + 0.5 - np.abs(column - dx - pillar_x * size), 0, 1, dtype=np.float32)[
+            None, :, None
+        ]
+        if not in_front:
+            canvas = canvas * (1 - cover) + pillar_colour * cover
+        x, y, radius = track.x[t] * size + dx, track.y[t] * size + dy, track.radius[t] * size
+        layer = _place(pyramid, size, x, y, radius, track.angle[t])
+        canvas = canvas * (1 - layer[..., 3:] / 255) + layer[..., :3]
+        if in_front:
+            canvas = canvas * (1 - cover) + pillar_colour * cover
+        noise = rng.standard_normal((size, size, 3), dtype=np.float32) * noise_level
+        frames[t] = np.clip(canvas * flicker[t] + noise + 0.5, 0, 255)
+    return (frames[::-1].copy() if backwards else frames), name
+
+
+def _place(pyramid: list[Image.Image], size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
+    """The object on an empty canvas, float32 (size, size, 4), premultiplied."""
+    level = int(np.clip(np.round(np.log2(pyramid[0].width / (2 * radius))), 0, len(pyramid) - 1))
+    picture = pyramid[level]
+    scale = picture.width / (2 * radius)
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    half = picture.width / 2
+    matrix = (cos, sin, half - cos * x - sin * y, -sin, cos, half + sin * x - cos * y)
+    return _warp(picture, size, matrix)
+
+
+def _warp(picture: Image.Image, size: int, matrix: tuple[float, ...]) -> np.ndarray:
+    """Sample (size, size, C) float32 from a picture by the affine map from output to input pixels."""
+    warped = picture.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(warped, np.float32)
+
+
+def _smooth(rng: np.random.Generator, length: int) -> np.ndarray:
+    """A slow random curve within [-1, 1], (T,)."""
+    t = np.linspace(0, 1, length)
+    return np.sin(2 * np.pi * (t * rng.uniform(0.3, 1.2) + rng.uniform(0, 1)))
+
+
+def _progress(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Monotone from 0 to 1, (T,): starts late, ends early and changes its speed at random."""
+    t = np.linspace(0, 1, length)
+    start, end = rng.uniform(0, 0.12), rng.uniform(0.88, 1)
+    p = np.clip((t - start) / (end - start), 0, 1)
+    return p + rng.uniform(-0.7, 0.7) * p * (1 - p)
+
+
+def _track(rng: np.random.Generator, kind: str, length: int, pillar_x: float, pillar: float) -> Track:
+    """The path of the object for one kind of motion, played forwards."""
+    low, high = _RANGE
+    p = _progress(rng, length)
+    still = np.zeros(length)
+    # Every quantity wanders a little in every class, so that standing still is no sign either.
+    x = rng.uniform(low, high) + 0.015 * _smooth(rng, length)
+    y = rng.uniform(low, high) + 0.015 * _smooth(rng, length)
+    radius = np.exp(rng.uniform(*np.log(_SIZES))) * (1 + 0.02 * _smooth(rng, length))
+    angle = rng.uniform(0, 2 * np.pi) + 0.05 * _smooth(rng, length)
+    if kind in ("right", "down"):
+        distance = rng.uniform(0.32, high - low)
+        path = rng.uniform(low, high - distance) + distance * p
+        x, y = (path + still, y) if kind == "right" else (x, path + still)
+    elif kind == "grow":
+        ratio = rng.uniform(1.7, _SIZES[1] / _SIZES[0])
+        smallest = np.exp(rng.uniform(np.log(_SIZES[0]), np.log(_SIZES[1] / ratio)))
+        radius = smallest * ratio**p
+    elif kind == "turn":
+        angle = angle + rng.uniform(1.9, 3.6) * p  # below 4 rad: 8 sampled frames still show which way
+    elif kind == "bounce":
+        period = rng.uniform(0.4, 0.65)
+        phase = (np.linspace(0, 1, length) / period + rng.uniform(0, 1)) % 1
+        height = rng.uniform(0.3, high - low)
+        floor = rng.uniform(low + height, high)
+        y = floor - height * 4 * phase * (1 - phase)
+    elif kind == "shake":
+        cycles, amplitude = rng.uniform(3.0, 4.5), rng.uniform(0.06, 0.11)
+        x = np.clip(x, low + amplitude, high - amplitude)
+        x = x + amplitude * np.sin(2 * np.pi * (cycles * np.linspace(0, 1, length) + rng.uniform(0, 1)))
+    elif kind == "hide":
+        # From beside the pillar to behind it, from either side; small enough to be hidden.
+        radius = radius * min(1.0, pillar / float(radius.max()))
+        side = 1.0 if pillar_x < 0.5 else -1.0
+        start = pillar_x + side * (pillar + rng.uniform(0.1, 0.3))
+        x = np.clip(start, low, high) + (pillar_x - np.clip(start, low, high)) * p
+    else:
+        raise AssertionError(kind)
+    return Track(x=x, y=y, radius=radius, angle=angle)
