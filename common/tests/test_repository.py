@@ -1,0 +1,206 @@
+"""The rules of the house, checked on the source: who imports whom, equal task folders, safe calls, a README that is true."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "common" / "dr2net"
+TASK_NAMES = ("action_detection", "vos", "action_recognition", "pointcloud", "detection")
+TASKS = [name for name in TASK_NAMES if (ROOT / name / "configs.py").exists()]
+TASK_FILES = (
+    *("README.md", "__init__.py", "configs.py", "data.py", "model.py", "head.py", "evaluate.py", "train.py"),
+    *("prepare.py", "predict.py"),
+)
+MAX_LINES = 400
+PARTS_ABOVE_THE_CORE = ("training", "backbones")
+STANDARD_LIBRARY = set(sys.stdlib_module_names)
+
+
+def sources() -> list[Path]:
+    folders = [ROOT / "common", ROOT / "scripts", *(ROOT / name for name in TASK_NAMES)]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imported(nodes: list[ast.stmt] | list[ast.AST]) -> list[str]:
+    """Dotted names of what these statements import: `from a.b import c` gives a.b.c."""
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def imported_anywhere(path: Path) -> list[str]:
+    return imported(list(ast.walk(parse(path))))
+
+
+def is_test(path: Path) -> bool:
+    return "tests" in path.parts
+
+
+def core_modules() -> list[Path]:
+    return sorted(LIBRARY.glob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", core_modules(), ids=relative)
+def test_core_modules_import_only_torch_and_numpy_when_they_are_loaded(path: Path) -> None:
+    allowed = {*STANDARD_LIBRARY, "torch", "numpy", "dr2net"}
+    foreign = [name for name in imported(parse(path).body) if name.split(".")[0] not in allowed]
+    assert not foreign, f"import {foreign} inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", core_modules(), ids=relative)
+def test_core_modules_do_not_know_training_or_backbones(path: Path) -> None:
+    above = tuple(f"dr2net.{part}" for part in PARTS_ABOVE_THE_CORE)
+    assert not [name for name in imported_anywhere(path) if name.startswith(above)]
+
+
+def test_the_library_does_not_import_a_task() -> None:
+    for path in [*LIBRARY.rglob("*.py")]:
+        tops = {name.split(".")[0] for name in imported_anywhere(path)}
+        assert not tops & {*TASK_NAMES, "scripts"}, relative(path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_imports_no_other_task_and_no_script(task: str) -> None:
+    for path in [*(ROOT / task).rglob("*.py")]:
+        tops = {name.split(".")[0] for name in imported_anywhere(path)}
+        assert not tops & ({*TASK_NAMES, "scripts"} - {task}), relative(path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_folder_has_the_same_files(task: str) -> None:
+    missing = [name for name in TASK_FILES if not (ROOT / task / name).exists()]
+    assert not missing
+    assert list((ROOT / task / "tests").glob("test_*.py"))
+
+
+def test_the_library_loads_without_third_party_packages() -> None:
+    blocked = "timm torchvision transformers accelerate tyro safetensors decord av rich matplotlib".split()
+    code = (
+        f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(LIBRARY.parent)!r})\nimport dr2net, dr2net.memory, dr2net.cli"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def calls_that_are_unsafe(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            for keyword in node.keywords:
+                value = getattr(keyword.value, "value", None)
+                if keyword.arg in ("strict", "weights_only") and value is False and not name == "zip":
+                    found.append(f"line {node.lineno}: {keyword.arg}=False")
+            if name in ("pickle.load", "pickle.loads", "eval", "exec", "numpy.fromstring"):
+                found.append(f"line {node.lineno}: {name}")
+            if name == "torch.load" and not any(keyword.arg == "weights_only" for keyword in node.keywords):
+                found.append(f"line {node.lineno}: torch.load without weights_only=True")
+            if any(k.arg == "allow_pickle" and getattr(k.value, "value", None) is True for k in node.keywords):
+                found.append(f"line {node.lineno}: allow_pickle=True")
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"line {node.lineno}: bare except")
+    return found
+
+
+def test_no_source_file_loads_loosely_or_swallows_errors() -> None:
+    found = {relative(path): calls_that_are_unsafe(parse(path)) for path in sources() if not is_test(path)}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_unsafe_calls_are_recognised() -> None:
+    code = """
+model.load_state_dict(weights, strict=False)
+torch.load(path)
+torch.load(path, weights_only=False)
+zip(a, b, strict=False)
+torch.load(path, weights_only=True)
+try: pass
+except: pass
+"""
+    assert len(calls_that_are_unsafe(ast.parse(code))) == 4
+
+
+def test_every_source_file_is_short_and_begins_with_a_docstring() -> None:
+    for path in sources():
+        text = path.read_text()
+        assert text.count("\n") <= MAX_LINES, f"{relative(path)} has more than one idea?"
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{relative(path)} does not say what it is"
+
+
+def test_there_is_one_autograd_function() -> None:
+    found = []
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base) for base in node.bases}
+                if bases & {"torch.autograd.Function", "autograd.Function", "Function"}:
+                    found.append(f"{relative(path)}: {node.name}")
+    assert [line for line in found if "tests/" not in line] == found
+    assert len(found) == 1, found
+
+
+def readmes() -> list[Path]:
+    places = [ROOT / "README.md", ROOT / "common" / "README.md", ROOT / "results" / "README.md"]
+    return [path for path in [*places, *(ROOT / task / "README.md" for task in TASKS)] if path.exists()]
+
+
+@pytest.mark.parametrize("readme", readmes(), ids=relative)
+def test_links_of_a_readme_lead_somewhere(readme: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", readme.read_text())
+    local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    assert [link for link in local if not (readme.parent / link).exists()] == []
+
+
+def commands(text: str) -> list[str]:
+    """Command lines of the indented or fenced shell blocks, continuation lines joined, comments cut."""
+    lines = text.replace("\\\n", " ").splitlines()
+    stripped = [re.sub(r"\s{2,}#.*", "", line.strip().removeprefix("$ ")) for line in lines]
+    return [line for line in stripped if re.match(r"(bash|python|torchrun|dr2net) ", line)]
+
+
+@pytest.mark.parametrize("readme", readmes(), ids=relative)
+def test_commands_of_a_readme_exist(readme: Path) -> None:
+    for line in commands(readme.read_text()):
+        for script in re.findall(r"\bbash (\S+\.sh)", line):
+            assert (ROOT / script).exists(), line
+        for module in re.findall(r" -m ([\w.]+)", line):
+            if module.split(".")[0] in (*TASK_NAMES, "scripts"):
+                assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), line
+        if line.startswith("dr2net "):
+            from dr2net.cli import build_parser
+
+            build_parser().parse_args(line.split()[1:])  # an unknown option exits
+
+
+def test_the_package_needs_only_torch_and_numpy() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {re.split(r"[<>=]", need)[0] for need in project["dependencies"]} == {"torch", "numpy"}
+    extras = project["optional-dependencies"]
+    assert {"all", "dev", *TASKS} <= set(extras)
+    loose = [need for name, needs in extras.items() for need in needs if "==" not in need and "dr2net[" not in need]
+    assert not loose, "extras are pinned to what was tested together"
+
+
+def test_shell_scripts_stop_at_the_first_error() -> None:
+    for path in [ROOT / ".ci" / "run", *(ROOT / "scripts").glob("*.sh")]:
+        assert "set -euo pipefail" in path.read_text(), relative(path)
+        subprocess.run(["bash", "-n", str(path)], check=True)
