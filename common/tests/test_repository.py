@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the source: who imports whom, equal task folders, safe calls, a README that is true."""
+"""The rules of the house, checked on the source: import order, equal task folders, safe calls, READMEs that are true."""
 
 import ast
 import re
