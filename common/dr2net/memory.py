@@ -151,10 +151,11 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def measure(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
-    """Run `step` and report its peak. With an optimizer that has no state yet, the second step is the one measured.
+    """Run `step` once and report its peak.
 
-    `step` trains for real: forward, backward and, where an optimizer is given, its step. The device is that of the
-    model's first parameter; only tensors there are counted.
+    `step` trains for real: forward, backward and, where an optimizer is given, its step. A run's first step finds no
+    optimizer state yet and needs less than the others, so measure a later one. The device is that of the model's first
+    parameter; only tensors there are counted.
     """
     device = _device_of(model)
     if device.type == "cuda":
@@ -170,11 +171,13 @@ def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
 
     Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
-    torch's "meta" device. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`,
+    torch's "meta" device. With an optimizer the step runs twice and the second counts, as it finds optimizer state. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`,
     `if loss > 1:`) cannot be predicted and raises.
     """
     _device_of(model)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _fake_tensors(mode, model, optimizer):
+    with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer):
+        if optimizer is not None:
+            step()
         return _run(step, model, optimizer, "cpu")
 
 
@@ -214,8 +217,6 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _run(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str) -> Memory:
-    if optimizer is not None and not optimizer.state:
-        step()
     tracker = _LiveBytes(device)
 
     def see_gradient(parameter: Tensor) -> None:
@@ -243,7 +244,7 @@ def _see_state(tracker: _LiveBytes, optimizer: Optimizer | None) -> None:
 
 
 @contextlib.contextmanager
-def _fake_tensors(mode: FakeTensorMode, model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+def _fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
     """Every tensor that the modules or the optimizer hold is a fake CPU tensor inside, and its own self afterwards."""
     fakes: dict[int, Any] = {}
 

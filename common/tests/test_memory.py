@@ -68,7 +68,9 @@ def test_optimizer_state_and_gradients_are_split_from_the_rest() -> None:
     model = nn.Linear(1000, 1000, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     step = training_step(model, optimizer, (1, 1000), torch.float32)
-    for memory in (predict(step, model, optimizer), measure(step, model, optimizer)):
+    predicted = predict(step, model, optimizer)
+    step()  # makes the state
+    for memory in (predicted, measure(step, model, optimizer)):
         assert memory.parameters == memory.gradients == 4_000_000
         assert memory.optimizer == pytest.approx(8_000_000, abs=64)  # and the step counter
         assert memory.peak == memory.parameters + memory.gradients + memory.optimizer + memory.activations
@@ -139,6 +141,14 @@ def test_prediction_restores_an_optimizer_without_state() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     predict(training_step(model, optimizer, (1, 3), torch.float32), model, optimizer)
     assert len(optimizer.state) == 0
+
+
+def test_measuring_runs_the_step_once() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # which has no state, ever
+    calls = []
+    measure(lambda: calls.append(1), model, optimizer)
+    assert len(calls) == 1
 
 
 def test_prediction_restores_the_model_when_the_step_fails() -> None:
