@@ -171,8 +171,9 @@ def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
 
     Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
-    torch's "meta" device. With an optimizer the step runs twice and the second counts, as it finds optimizer state. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`,
-    `if loss > 1:`) cannot be predicted and raises.
+    torch's "meta" device. With an optimizer the step runs twice, and the second counts: it finds the optimizer's state.
+    Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`, `if loss > 1:`) cannot be
+    predicted and raises.
     """
     _device_of(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer):

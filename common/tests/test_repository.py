@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the source: import order, equal task folders, safe calls, READMEs that are true."""
+"""The rules of the house, checked on the source: imports, equal task folders, safe calls, READMEs that are true."""
 
 import ast
 import re
