@@ -1,0 +1,32 @@
+"""dr2net: finetune large pretrained vision models without storing their activations.
+
+import dr2net, timm
+model = timm.create_model("vit_small_patch16_224", pretrained=True)
+dr2net.convert(model)                                    # in place, state_dict keys unchanged
+dr2net.Schedule.constant(63 / 64, 1 / 64).apply(model, progress=0.0)
+loss(model(batch)).backward()                            # activations are rebuilt, bit for bit, not stored
+"""
+
+from dr2net.branches import Branch, branches_of
+from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, set_coefficients
+from dr2net.error_law import anchor_spacing, growth, predicted_error
+from dr2net.precision import GradientError, gradient_error
+from dr2net.reversible import ReversibleSequence
+from dr2net.schedule import Schedule
+
+__all__ = [
+    "Branch",
+    "GradientError",
+    "Report",
+    "ReversibleSequence",
+    "Schedule",
+    "anchor_spacing",
+    "branches_of",
+    "checkpoint_blocks",
+    "convert",
+    "deconvert",
+    "gradient_error",
+    "growth",
+    "predicted_error",
+    "set_coefficients",
+]

@@ -1,0 +1,189 @@
+"""What the residual branches of a block are: one small function per block type, found by `functools.singledispatch`.
+
+A pre-norm transformer block x + attention(norm1(x)), then x + mlp(norm2(x)), is two branches. A block without a clean residual
+connection that keeps its input's shape (post-activation ResNet, SlowFast) is one branch whose alpha is fixed at 0, as the
+paper remarks. A block that is neither (it changes the shape) has none and runs as it is.
+
+To teach it your own block:
+
+    @dr2net.branches_of.register(MyBlock)
+    def _(block):
+        return (
+            dr2net.Branch("attention", lambda x: block.attn(block.norm1(x)), (block.norm1, block.attn)),
+            dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp)),
+        )
+
+Known: timm ViT and Swin blocks, torchvision Swin (2-D, 3-D, v2) and ResNet blocks, transformers ViT and VideoMAE layers,
+pytorchvideo ResNet/SlowFast blocks. The libraries are imported only when a block of theirs is met.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch F of a block.
+
+    function: F(x, *arguments of the block after x) -> tensor of x's shape, the residual connection left out.
+    modules: all modules whose parameters and buffers F uses.
+    residual: False if the block has no clean residual connection: F is the whole block and alpha is 0.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    modules: tuple[nn.Module, ...]
+    residual: bool = True
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, each once."""
+        found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
+        return list(found.values())
+
+
+@functools.singledispatch
+def branches_of(block: nn.Module) -> tuple[Branch, ...]:
+    """The branches of `block` in the order they run; empty if it has to run as it is. Extend with `.register`."""
+    return ()
+
+
+def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
+    """Branches and, where there are none, the reason in words.
+
+    A subclass that overrides `forward` computes something else than the block it inherits from, so it is not converted
+    unless it is registered itself.
+    """
+    for cls in type(block).__mro__:
+        adapter = _ADAPTERS.get(cls.__module__.split(".")[0])
+        if adapter is not None:
+            adapter()
+    known = next((cls for cls in type(block).__mro__ if cls in branches_of.registry and cls is not object), None)
+    if known is None:
+        return (), f"no branches are known for blocks of type {type(block).__name__}"
+    if inspect.unwrap(type(block).forward) is not inspect.unwrap(known.forward):
+        return (), f"{type(block).__name__} overrides the forward of {known.__name__}; register it with branches_of"
+    branches = branches_of(block)
+    return branches, "" if branches else "it changes the shape of its input"
+
+
+def _attention_mlp(attention: Callable[..., Tensor], mlp: Callable[..., Tensor], parts: tuple, rest: tuple) -> tuple:
+    return Branch("attention", attention, parts), Branch("mlp", mlp, rest)
+
+
+def _whole(block: nn.Module) -> tuple[Branch, ...]:
+    return (Branch("block", type(block).forward.__get__(block), (block,), residual=False),)
+
+
+@functools.cache
+def _timm() -> None:
+    from timm.models.resnet import BasicBlock, Bottleneck
+    from timm.models.swin_transformer import SwinTransformerBlock
+    from timm.models.vision_transformer import Block, ResPostBlock
+
+    @branches_of.register
+    def _(block: Block):
+        b = block
+        return _attention_mlp(
+            lambda x, *args, **named: b.drop_path1(b.ls1(b.attn(b.norm1(x), *args, **named))),
+            lambda x, *args, **named: b.drop_path2(b.ls2(b.mlp(b.norm2(x)))),
+            (b.norm1, b.attn, b.ls1, b.drop_path1),
+            (b.norm2, b.mlp, b.ls2, b.drop_path2),
+        )
+
+    @branches_of.register
+    def _(block: ResPostBlock):
+        b = block
+        return _attention_mlp(
+            lambda x, *args, **named: b.drop_path1(b.norm1(b.attn(x, *args, **named))),
+            lambda x, *args, **named: b.drop_path2(b.norm2(b.mlp(x))),
+            (b.norm1, b.attn, b.drop_path1),
+            (b.norm2, b.mlp, b.drop_path2),
+        )
+
+    @branches_of.register
+    def _(block: SwinTransformerBlock):
+        b = block
+        return _attention_mlp(
+            lambda x: b.drop_path1(b._attn(b.norm1(x))),
+            lambda x: b.drop_path2(b.mlp(b.norm2(x.flatten(1, 2)))).view(x.shape),
+            (b.norm1, b.attn, b.drop_path1),
+            (b.norm2, b.mlp, b.drop_path2),
+        )
+
+    for bottleneck in (BasicBlock, Bottleneck):
+        branches_of.register(bottleneck, lambda b: _whole(b) if b.downsample is None and b.stride == 1 else ())
+
+
+@functools.cache
+def _torchvision() -> None:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+    from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
+
+    @branches_of.register
+    def _(block: SwinTransformerBlock):
+        b = block
+        return _attention_mlp(
+            lambda x: b.stochastic_depth(b.attn(b.norm1(x))),
+            lambda x: b.stochastic_depth(b.mlp(b.norm2(x))),
+            (b.norm1, b.attn),
+            (b.norm2, b.mlp),
+        )
+
+    @branches_of.register
+    def _(block: SwinTransformerBlockV2):
+        b = block
+        return _attention_mlp(
+            lambda x: b.stochastic_depth(b.norm1(b.attn(x))),
+            lambda x: b.stochastic_depth(b.norm2(b.mlp(x))),
+            (b.norm1, b.attn),
+            (b.norm2, b.mlp),
+        )
+
+    for bottleneck in (BasicBlock, Bottleneck):
+        branches_of.register(bottleneck, lambda b: _whole(b) if b.downsample is None and b.stride == 1 else ())
+
+
+@functools.cache
+def _transformers() -> None:
+    from transformers.models.videomae.modeling_videomae import VideoMAELayer
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    @branches_of.register
+    def _(block: VideoMAELayer):
+        b = block
+        return _attention_mlp(
+            lambda x, *args, **named: b.attention(b.layernorm_before(x), *args, **named),
+            # `output` would add its second argument, so its two parts are called instead
+            lambda x, *args, **named: b.output.dropout(b.output.dense(b.intermediate(b.layernorm_after(x)))),
+            (b.layernorm_before, b.attention),
+            (b.layernorm_after, b.intermediate, b.output),
+        )
+
+    @branches_of.register
+    def _(block: ViTLayer):
+        b = block
+        return _attention_mlp(
+            lambda x, mask=None, **named: b.dropout(b.attention(b.layernorm_before(x), mask, **named)[0]),
+            lambda x, *args, **named: b.dropout(b.mlp(b.layernorm_after(x))),
+            (b.layernorm_before, b.attention),
+            (b.layernorm_after, b.mlp),
+        )
+
+
+@functools.cache
+def _pytorchvideo() -> None:
+    from pytorchvideo.models.resnet import ResBlock
+
+    branches_of.register(ResBlock, lambda block: _whole(block) if block.branch1_conv is None else ())
+
+
+_ADAPTERS = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+    "pytorchvideo": _pytorchvideo,
+}

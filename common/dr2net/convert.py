@@ -1,0 +1,155 @@
+"""Turn a pretrained model into its reversible surrogate, in place, and back.
+
+`convert` replaces each nn.Sequential or nn.ModuleList that holds convertible blocks by a `ReversibleSequence` with the same
+children, so state_dict keys do not change and checkpoints fit both ways. At (alpha, beta) = (1, 0), where it starts, the converted
+model computes what the original computes. Not here: what the branches of a block are (`branches.py`).
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dr2net.branches import find_branches
+from dr2net.error_law import TOLERANCE
+from dr2net.reversible import Inversion, ReversibleSequence
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became reversible, what did not, and why."""
+
+    sequences: tuple[tuple[str, int, int], ...]  # name of the container, reversible blocks, branches
+    ordinary: tuple[tuple[str, str], ...]  # name of a block that runs as it is, reason
+    reversible_parameters: int
+    all_parameters: int
+
+    def __str__(self) -> str:
+        lines = [f"reversible: {name}: {blocks} blocks, {branches} branches" for name, blocks, branches in self.sequences]
+        lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
+        share = self.reversible_parameters / max(1, self.all_parameters)
+        return "\n".join([*lines, f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks"])
+
+
+def convert(
+    model: nn.Module,
+    *,
+    inversion: Inversion = "exact",
+    anchor_every: int | None = None,
+    tolerance: float = TOLERANCE,
+    store: bool = False,
+) -> Report:
+    """Make the residual blocks of `model` reversible, in place.
+
+    inversion: "exact" (default), "anchored" or "float", see `dr2net.reversible`.
+    anchor_every: for "anchored": keep both streams every so many branches; None derives it from `tolerance`.
+    tolerance: relative gradient error above which "float" warns and below which "anchored" stays.
+    store: keep all activations (the reference; no memory is saved).
+
+    Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is converted
+    already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing is on.
+    """
+    sequences, ordinary, inside = [], [], 0
+    found = list(_containers(model))
+    for parent, attribute, name, container in found:
+        sequence = ReversibleSequence(
+            container, inversion=inversion, anchor_every=anchor_every, tolerance=tolerance, store=store
+        )
+        blocks = 0
+        for child, block in container.named_children():
+            branches, reason = find_branches(block)
+            if not branches:
+                ordinary.append((f"{name}.{child}", reason))
+                continue
+            _check(block, f"{name}.{child}", [p for branch in branches for m in branch.modules for p in m.parameters()])
+            blocks += 1
+            inside += sum(p.numel() for p in block.parameters())
+        sequences.append((name, blocks, sequence.num_branches()))
+        parent._modules[attribute] = sequence
+    return Report(tuple(sequences), tuple(ordinary), inside, sum(p.numel() for p in model.parameters()))
+
+
+def deconvert(model: nn.Module) -> None:
+    """Give the plain model back, in place: the blocks with their present weights, in the containers they came in.
+
+    Undoes `checkpoint_blocks` too. Raises ValueError if there is nothing to undo.
+    """
+    undone = 0
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, ReversibleSequence):
+                container = child.container_type()
+                for block_name, block in child.named_children():
+                    container.add_module(block_name, block)
+                container.train(child.training)
+                module._modules[name] = container
+                undone += 1
+        if getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
+            del module.forward
+            undone += 1
+    if not undone:
+        raise ValueError(f"{type(model).__name__} has no reversible or checkpointed blocks to undo")
+
+
+def checkpoint_blocks(model: nn.Module) -> int:
+    """The baseline: gradient checkpointing (torch.utils.checkpoint) of each block that `convert` would make reversible.
+
+    In place, keys unchanged; returns the number of blocks. Raises ValueError as `convert` does.
+    """
+    blocks = [b for _, _, _, container in _containers(model) for b in container.children() if find_branches(b)[0]]
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
+
+
+def sequences(model: nn.Module) -> list[ReversibleSequence]:
+    """All reversible sequences of a converted model; ValueError if there is none."""
+    found = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not converted; call dr2net.convert(model) first")
+    return found
+
+
+def set_coefficients(model: nn.Module, alpha: float, beta: float | Fraction) -> None:
+    """Set (alpha, beta) of all reversible sequences, from the next forward pass on, in training and evaluation alike."""
+    for sequence in sequences(model):
+        sequence.set_coefficients(alpha, beta)
+
+
+def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """(parent, attribute, full name, container) of each container with a convertible block, collected before any change."""
+    found, refused = [], []
+    for module_name, module in model.named_modules():
+        if isinstance(module, ReversibleSequence) or getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
+            raise ValueError(f"{module_name or type(model).__name__} is converted already; call dr2net.deconvert(model) first")
+        if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
+            raise ValueError(f"{module_name or type(model).__name__} has its own gradient checkpointing on; turn it off first")
+        for attribute, container in module._modules.items():
+            if type(container) not in (nn.Sequential, nn.ModuleList):
+                continue
+            name = f"{module_name}.{attribute}".lstrip(".")
+            results = [(f"{name}.{child}", find_branches(block)) for child, block in container.named_children()]
+            if any(branches for _, (branches, _) in results):
+                found.append((module, attribute, name, container))
+            else:
+                refused += [f"{child}: {reason}" for child, (_, reason) in results]
+    if not found:
+        listed = "\n  ".join(refused[:12]) or "it holds no nn.Sequential or nn.ModuleList of blocks"
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be made reversible:\n  {listed}\n"
+            "Register the branches of your block type with dr2net.branches_of.register; the blocks must stand in an "
+            "nn.Sequential or nn.ModuleList inside the model"
+        )
+    return iter(found)
+
+
+def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
+        raise ValueError(f"{name} has hooks, which would not fire in a reversible sequence; remove them before converting")
+    missing = {id(p) for p in block.parameters()} - {id(p) for p in covered}
+    names = [key for key, p in block.named_parameters() if id(p) in missing]
+    if names:
+        raise ValueError(f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(names)}")

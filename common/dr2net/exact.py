@@ -1,0 +1,177 @@
+"""The dual-residual step on a fixed-point grid: inverted bit for bit, at any alpha and any rational 0 < beta <= 1.
+
+The streams are integers n_i; the network sees x_i = n_i * grid. With beta = num / den a rational,
+
+    q_i = round(F_i(x_{i-1}) / grid + alpha n_{i-1})        in floating point, the same in forward and recomputation
+    m   = floor(beta n_{i-2})                               n_i = q_i + m
+    r   = n_{i-2} - ceil(m / beta)                          what multiplying by beta destroys; stored, packed
+
+    inverse:  m = n_i - q_i        n_{i-2} = ceil(m / beta) + r
+
+Why it is exact. (1) q_i is a deterministic function of n_{i-1}, so it is recomputed bitwise, however it was rounded; a
+checksum per channel finds a branch for which this is not so. (2) m = floor(beta n) means n in [m/beta, (m+1)/beta), so
+0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing wraps: every q_i is
+measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <= Q all streams of N branches
+stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's range. (4) Products below are of a
+quotient with its divisor's partner, no larger than the stream, or of two numbers below 2^15.
+
+The integers have the width of the stream's floats: int32 for float32, int64 for float64. The grid is a power of two per
+sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, so scaling by it is exact, a sample's result
+does not depend on its batch, and single values may grow to 8192 times that mean (beta <= 1/2) before an overflow is reported.
+The gradient treats rounding as identity.
+
+Not here: autograd, randomness, who stores what (`reversible.py`).
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+PRECISION_BITS = {torch.float32: 17, torch.float64: 40}  # of the root mean square of the entering stream
+EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # a float's exponent bits
+DENOMINATOR = 1024  # a float beta is rounded to a multiple of 1/DENOMINATOR; a power of two divides by shifting
+WORD = 32  # bits of the words remainders are packed into
+
+
+class Stream(NamedTuple):
+    """x_i and x_{i-1} as integers, and the size of one unit: integers (B, ...), grid (B, 1, ...), a power of two."""
+
+    current: Tensor
+    previous: Tensor
+    grid: Tensor
+
+
+def rational(beta: float | Fraction) -> Fraction:
+    """The beta that is computed with: a Fraction as it is, a float as the nearest multiple of 1/1024.
+
+    Raises ValueError outside [0, 1] and for denominators over 2**15.
+    """
+    if not isinstance(beta, Fraction):
+        beta = Fraction(round(float(beta) * DENOMINATOR), DENOMINATOR)
+    if not 0 <= beta <= 1 or beta.denominator > 2**15:
+        raise ValueError(
+            f"exact inversion needs 0 <= beta <= 1 with a denominator of at most 2**15, not {beta}; "
+            "use inversion='anchored' or 'float' for other values"
+        )
+    return beta
+
+
+def remainder_bits(beta: Fraction) -> int:
+    """Bits stored per element and branch: ceil(log2(1/beta)), 0 at beta = 1."""
+    values = -(-beta.denominator // beta.numerator)  # ceil(1/beta)
+    return (values - 1).bit_length()
+
+
+def limit(beta: Fraction, num_branches: int, dtype: torch.dtype) -> int:
+    """The largest |q_i| allowed, so that no stream of `num_branches` branches can leave its integer type."""
+    return int(torch.iinfo(INTEGER[dtype]).max * max(1 - beta, Fraction(2, num_branches + 4))) - 2
+
+
+def encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float stream -> (integers, grid, largest magnitude in grid units; NaN where x has one)."""
+    bits = PRECISION_BITS[x.dtype]
+    mean_square = x.detach().flatten(1).square().mean(1) if x.numel() else x.new_ones(len(x))
+    scale = mean_square.clamp(min=1e-20).sqrt()
+    power_of_two = (scale.view(INTEGER[x.dtype]) & EXPONENT[x.dtype]).view(x.dtype)  # the mantissa's bits cleared
+    grid = (power_of_two * 2.0**-bits).reshape(len(x), *[1] * (x.dim() - 1))
+    scaled = x.detach() / grid
+    return scaled.round_().to(INTEGER[x.dtype]), grid, magnitude(scaled)
+
+
+def decode(n: Tensor, grid: Tensor) -> Tensor:
+    """Integers -> float stream of the grid's dtype."""
+    return n.to(grid.dtype).mul_(grid)
+
+
+def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each."""
+    scaled = torch.add(f, x, alpha=alpha).div_(grid).round_()
+    return scaled.to(INTEGER[x.dtype]), magnitude(scaled)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """max |x| as a scalar tensor; NaN if any element is; 0 if there is none."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    low, high = torch.aminmax(x)
+    return torch.maximum(low.neg(), high)
+
+
+def step(q: Tensor, previous: Tensor, beta: Fraction) -> tuple[Tensor, Tensor | None]:
+    """n_i and the remainder r (None at beta = 1) from q_i and n_{i-2}. `q` is overwritten with n_i."""
+    if beta == 0:
+        return q, None
+    if beta == 1:
+        return q.add_(previous), None
+    whole, part = _divide(previous, beta.denominator)  # n = den * whole + part
+    if beta.numerator == 1:
+        return q.add_(whole), part
+    part.mul_(beta.numerator)
+    carry, part = _divide(part, beta.denominator)  # num n = den m + part
+    q.add_(whole.mul_(beta.numerator)).add_(carry)
+    return q, part.div_(beta.numerator, rounding_mode="floor")
+
+
+def invert(q: Tensor, following: Tensor, remainder: Tensor | None, beta: Fraction) -> Tensor:
+    """n_{i-2} from q_i, n_i and r. `q` is overwritten with it."""
+    m = torch.sub(following, q, out=q)
+    if beta == 1:
+        return m
+    assert remainder is not None and beta > 0
+    if beta.numerator > 1:
+        whole, part = _divide(m, beta.numerator)
+        part.mul_(beta.denominator).add_(beta.numerator - 1).div_(beta.numerator, rounding_mode="floor")
+        m = whole.mul_(beta.denominator).add_(part)
+    else:
+        m.mul_(beta.denominator)
+    return m.add_(remainder)
+
+
+def checksum(q: Tensor) -> Tensor:
+    """Sum over all but the last dimension, wrapping: differs if a recomputed branch does."""
+    return q.reshape(-1, q.shape[-1]).sum(0, dtype=q.dtype)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Integers 0 <= v < 2**bits of any shape -> int32 words holding exactly `bits` bits each (padded to 32 values).
+
+    Value k of a row of 32 occupies bits [k * bits, (k + 1) * bits) of that row's `bits` words.
+    """
+    columns = _columns(values.reshape(-1).to(torch.int32))
+    words = columns.new_zeros(bits, columns.shape[1])
+    for k, column in enumerate(columns):
+        word, offset = divmod(k * bits, WORD)
+        words[word].bitwise_or_(column << offset if offset else column)
+        if offset + bits > WORD:
+            words[word + 1].bitwise_or_(column >> (WORD - offset))
+    return words
+
+
+def unpack(words: Tensor, bits: int, like: Tensor) -> Tensor:
+    """The inverse of `pack`: values in the shape and dtype of `like`."""
+    columns = words.new_empty(WORD, words.shape[1])
+    for k, column in enumerate(columns):
+        word, offset = divmod(k * bits, WORD)
+        torch.bitwise_right_shift(words[word], offset, out=column)
+        if offset + bits > WORD:
+            low = WORD - offset
+            column.bitwise_and_((1 << low) - 1).bitwise_or_(words[word + 1] << low)
+        column.bitwise_and_((1 << bits) - 1)
+    return columns.reshape(-1)[: like.numel()].reshape(like.shape).to(like.dtype)
+
+
+def _columns(flat: Tensor) -> Tensor:
+    """(n,) -> (32, ceil(n / 32)), padded with zeros."""
+    padding = -len(flat) % WORD
+    return (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(WORD, -1)
+
+
+def _divide(n: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Floor division with remainder, both new tensors; by shifting where the divisor is a power of two."""
+    if divisor & (divisor - 1) == 0:
+        return n >> (divisor.bit_length() - 1), n & (divisor - 1)
+    quotient = torch.div(n, divisor, rounding_mode="floor")
+    return quotient, n - quotient * divisor
