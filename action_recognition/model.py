@@ -5,12 +5,13 @@
 `model.backbone` is what a finetuning method applies to. Not here: loss, schedules, precision.
 """
 
-import torch
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from action_recognition.configs import Config
 from action_recognition.head import MeanPoolHead
-from dr2net.backbones.weights import load_exactly, read_weights
+from dr2net.training.checkpoint import load_weights, refuse_non_finite
 
 
 class ActionRecognizer(nn.Module):
@@ -38,9 +39,7 @@ class ActionRecognizer(nn.Module):
 def build_model(config: Config) -> ActionRecognizer:
     """Build the row's network with its pretrained backbone. ValueError if weights cannot be had, do not fit or hold NaN."""
     backbone = _build_backbone(config)
-    broken = [name for name, value in backbone.state_dict().items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ValueError(f"pretrained weights of {config.model.name} hold NaN or infinity in {broken[:3]}; fetch them again")
+    refuse_non_finite(backbone.state_dict(), f"pretrained weights of {config.model.name}")
     return ActionRecognizer(backbone, MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout))
 
 
@@ -63,7 +62,7 @@ def _build_backbone(config: Config) -> nn.Module:
         image = build_tiny_vit(image_size=data.image_size, drop_path=model.drop_path)
         backbone = VideoViT(image, num_frames=data.num_frames, tubelet=model.tubelet)
         if model.weights is not None:
-            load_exactly(backbone, read_weights(model.weights), source=str(model.weights))
+            load_weights(backbone, Path(model.weights))
         return backbone
     image = build_image_vit(
         model.name,

