@@ -1,0 +1,307 @@
+"""Data sets of video files in their official layouts, and the loaders of a run.
+
+    loaders = build_loaders(config)            # loaders.train, loaders.val (one centre view)
+    loader = build_test_loader(config)         # all views: test_segments x test_crops samples per video
+
+A batch is {"video": (B, 3, T, H, W) float32, "label": (B,) long, "name": list[str], "skipped": list[str]}, in training
+with mixing also "target": (B, K), in evaluation also "view": (B,) long. A sample is a pure function of its key (index,
+draw). That is why mixup and cutmix take their partner by index and not from the batch: how a batch is split over
+devices and accumulation steps must not change what is learned. Not here: decoding (video.py) and pixel operations
+(clips.py) of dr2net.training.
+"""
+
+import csv
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dr2net.training import clips
+from dr2net.training.data import Loaders, build_loader
+from dr2net.training.video import BrokenVideo, probe, read_frames
+
+Split = Literal["train", "validation"]
+MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives up
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set and what is done to its clips. The defaults change nothing at random but the choice of frames."""
+
+    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout, see `read_entries`
+    root: Path = Path("data/motion")
+    num_classes: int = 12  # must be what the label file has
+    num_frames: int = 16  # T of a clip
+    image_size: int = 224  # H = W of a clip
+    sampling: Literal["segments", "dense"] = "segments"  # TSN over the whole video, or a dense piece of it
+    stride: int = 4  # dense: frame durations from one sampled frame to the next
+    crop_scale: tuple[float, float] = (
+        1.0,
+        1.0,
+    )  # share of the area that random resized crop keeps; (0.08, 1) in VideoMAE
+    flip: bool = False  # mirror half of the clips; never where "left" and "right" are classes
+    rand_augment: int = 0  # operations of RandAugment per clip; 4 in VideoMAE, 0: off
+    rand_augment_magnitude: int = 7  # of 30
+    color_jitter: float = 0.0  # brightness, contrast, saturation in 1 +- this
+    erase: float = 0.0  # probability of random erasing
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: float = 0.0  # the same for cutmix; with both, each is taken for half of the samples
+    mix_probability: float = 1.0  # share of samples that are mixed, if mixup or cutmix is on
+    repeats: int = (
+        1  # repeated augmentation: samples made of each drawn video; a forward has micro_batch x repeats samples
+    )
+    test_segments: int = 2  # temporal views in the final test
+    test_crops: int = 3  # spatial views in the final test, over the long side
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    on_broken: Literal["raise", "skip"] = (
+        "raise"  # a file that cannot be read: stop, or name it and take another sample
+    )
+
+
+class Entry(NamedTuple):
+    """One video: its name (unique in the split), file and class index."""
+
+    name: str
+    path: str
+    label: int
+
+
+def class_names(data: Data) -> list[str]:
+    """The name of each class, by index. ValueError where the label file is odd or has not `num_classes` classes."""
+    root = Path(data.root)
+    if data.kind == "ssv2":
+        file = root / "something-something-v2-labels.json"
+        labels = _load_json(file)
+        names = sorted(labels, key=lambda name: int(labels[name]))
+        if [int(labels[name]) for name in names] != list(range(len(names))):
+            raise ValueError(f"{file}: class indices are not 0 to {len(names) - 1}; download the label file again")
+    elif data.kind == "folder":
+        file = root / "train"
+        if not file.is_dir():
+            raise FileNotFoundError(f"{file}: no such folder; expected train/<class>/<video> and val/<class>/<video>")
+        names = sorted(folder.name for folder in file.iterdir() if folder.is_dir())
+    else:
+        file = root / "train.csv"
+        names = sorted({row["label"] for row in _load_csv(file, data.kind)})
+        if data.kind == "csv" and all(name.isdigit() for name in names):  # the classes are numbered already
+            names = [str(i) for i in range(max(map(int, names)) + 1)]
+    if len(names) != data.num_classes:
+        found = f"{file}: has {len(names)} classes, the configuration says {data.num_classes}"
+        raise ValueError(f"{found}; set --data.num-classes {len(names)}")
+    return names
+
+
+def read_entries(data: Data, split: Split) -> list[Entry]:
+    """All videos of a split, in the order of the annotation file. Files are not opened.
+
+    ssv2      20bn-something-something-v2/<id>.webm or .mp4 beside something-something-v2-{train,validation,labels}.json
+    kinetics  train.csv, val.csv (label,youtube_id,time_start,time_end,split) beside train/ and val/ with
+              <id>_<start, 6 digits>_<end, 6 digits>.mp4, directly or in folders
+    folder    train/<class>/<video>, val/<class>/<video>
+    csv       train.csv, val.csv with lines `path,label` (no header), paths relative to the root
+
+    Raises ValueError naming file and entry for an unknown label. A missing file is an error, or with on_broken="skip"
+    left out with a warning.
+    """
+    root, indices = Path(data.root), {name: i for i, name in enumerate(class_names(data))}
+    short = "train" if split == "train" else "val"
+    entries: list[Entry] = []
+    missing: list[str] = []
+
+    def add(source: Path, name: str, path: str | None, label: str) -> None:
+        if label not in indices:
+            raise ValueError(f"{source}: video {name} has the label {label!r}, not one of the {len(indices)} classes")
+        if path is None:
+            missing.append(name)
+        else:
+            entries.append(Entry(name, path, indices[label]))
+
+    if data.kind == "ssv2":
+        source = root / f"something-something-v2-{split}.json"
+        folder = root / "20bn-something-something-v2"
+        files = {Path(file).stem: file for file in sorted(os.listdir(folder))} if folder.is_dir() else {}
+        for item in _load_json(source):
+            file = files.get(item["id"])
+            path = None if file is None else str(folder / file)
+            add(source, item["id"], path, item["template"].replace("[", "").replace("]", ""))
+    elif data.kind == "kinetics":
+        source = root / f"{short}.csv"
+        files = {
+            file: os.path.join(folder, file) for folder, _, found in os.walk(root / short) for file in sorted(found)
+        }
+        for row in _load_csv(source, data.kind):
+            name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+            add(source, name, files.get(f"{name}.mp4"), row["label"])
+    elif data.kind == "folder":
+        source = root / short
+        for path in sorted(source.glob("*/*")):
+            add(source, f"{path.parent.name}/{path.name}", str(path), path.parent.name)
+    else:
+        source = root / f"{short}.csv"
+        for row in _load_csv(source, data.kind):
+            path = root / row["path"]
+            add(source, row["path"], str(path) if path.is_file() else None, row["label"])
+    if missing:
+        total = len(missing) + len(entries)
+        message = f"{source}: {len(missing)} of {total} videos are not below {root}: {', '.join(missing[:20])}"
+        if data.on_broken == "raise":
+            remedy = "run `python -m action_recognition.prepare`, or leave them out with --data.on-broken skip"
+            raise FileNotFoundError(f"{message}; {remedy}")
+        warnings.warn(f"{message}; left out", stacklevel=2)
+    if not entries:
+        raise ValueError(f"{source}: no videos; check --data.root {root}")
+    return entries
+
+
+class Clips:
+    """Samples by key (index, draw). In training a list of `repeats` samples, in evaluation a list of one; see `collate`."""
+
+    def __init__(self, data: Data, split: Split, *, train: bool, segments: int = 1, crops: int = 1) -> None:
+        self.data, self.train, self.segments, self.crops = data, train, segments, crops
+        self.entries = read_entries(data, split)
+
+    def __len__(self) -> int:
+        return len(self.entries) * (1 if self.train else self.segments * self.crops)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[dict[str, Any]]:
+        index, draw = key
+        if not self.train:
+            index, view = divmod(index, self.segments * self.crops)
+            sample, video = self._read(index, None, view)
+            return [sample | {"video": video, "view": view}]
+        return [self._training_sample(index, np.random.default_rng([draw, i])) for i in range(self.data.repeats)]
+
+    def _training_sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        data = self.data
+        sample, video = self._read(index, rng, 0)
+        if not (data.mixup or data.cutmix):
+            return sample | {"video": video}
+        target = torch.zeros(data.num_classes)
+        share = 1.0  # of the sample itself; the partner has the rest
+        if rng.random() < data.mix_probability:
+            partner, other = self._read(int(rng.integers(len(self.entries))), rng, 0)
+            cut = bool(data.cutmix) and (not data.mixup or rng.random() < 0.5)
+            alpha = data.cutmix if cut else data.mixup
+            video, share = mix(video, other, float(rng.beta(alpha, alpha)), cut, rng)
+            target[partner["label"]] += 1 - share
+            sample["skipped"] = sample["skipped"] + partner["skipped"]
+        target[sample["label"]] += share
+        return sample | {"video": video, "target": target}
+
+    def _read(self, index: int, rng: np.random.Generator | None, view: int) -> tuple[dict[str, Any], Tensor]:
+        """The video at `index`, or with on_broken="skip" the nearest usable one after it."""
+        skipped = []
+        for offset in range(min(MAX_REPLACEMENTS, len(self.entries))):
+            entry = self.entries[(index + offset) % len(self.entries)]
+            try:
+                video = self._clip(entry.path, rng, view)
+            except (BrokenVideo, OSError) as error:
+                if self.data.on_broken == "raise":
+                    raise
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                skipped.append(entry.name)
+                continue
+            return {"name": entry.name, "label": entry.label, "skipped": skipped}, video
+        raise BrokenVideo(
+            self.data.root, f"{len(skipped)} videos in a row cannot be read ({', '.join(skipped[:5])}, ...)"
+        )
+
+    def _clip(self, path: str, rng: np.random.Generator | None, view: int) -> Tensor:
+        """(3, T, H, W) float32. The file is opened here, in the worker, and closed again."""
+        data = self.data
+        segment, crop = divmod(view, self.crops)
+        info = probe(path)
+        if data.sampling == "segments":
+            indices = clips.segment_indices(info.num_frames, data.num_frames, rng, segment, self.segments)
+        else:
+            args = (info.timestamps, info.seconds, data.num_frames, data.stride)
+            indices = clips.dense_indices(*args, rng, segment, self.segments)
+        clip = torch.from_numpy(read_frames(path, indices)).permute(0, 3, 1, 2)
+        if rng is None:
+            return clips.normalise(clips.view_crop(clip, data.image_size, crop, self.crops), data.mean, data.std)
+        clip = clips.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
+        if data.flip and rng.random() < 0.5:
+            clip = clip.flip(-1)
+        clip = clips.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
+        clip = clips.color_jitter(clip, data.color_jitter, rng)
+        return clips.random_erase(clips.normalise(clip, data.mean, data.std), data.erase, rng)
+
+
+def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Generator) -> tuple[Tensor, float]:
+    """Mixup, or with `cut` cutmix (one box through all frames). Returns the mixture and the share that is `video`'s."""
+    if not cut:
+        return share * video + (1 - share) * other, share
+    height, width = video.shape[-2:]
+    top, bottom, left, right = clips.cutmix_box(height, width, 1 - share, rng)
+    video = video.clone()
+    video[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return video, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def collate(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Lists of samples -> one batch, repeats of a video side by side."""
+    samples = [sample for item in items for sample in item]
+    batch: dict[str, Any] = {
+        "video": torch.stack([sample["video"] for sample in samples]),
+        "label": torch.tensor([sample["label"] for sample in samples]),
+        "name": [sample["name"] for sample in samples],
+        "skipped": [name for sample in samples for name in sample["skipped"]],
+    }
+    if "target" in samples[0]:
+        batch["target"] = torch.stack([sample["target"] for sample in samples])
+    if "view" in samples[0]:
+        batch["view"] = torch.tensor([sample["view"] for sample in samples])
+    return batch
+
+
+def build_loaders(config: Any) -> Loaders:
+    """Training, and validation on one centre view. config: action_recognition.configs.Config."""
+    train = Clips(config.data, "train", train=True)
+    return Loaders(train=_loader(config, train, train=True), val=_loader(config, _views(config, 1, 1), train=False))
+
+
+def build_test_loader(config: Any) -> DataLoader:
+    """The validation split with test_segments x test_crops views per video, views of a video one after the other."""
+    return _loader(config, _views(config, config.data.test_segments, config.data.test_crops), train=False)
+
+
+def _views(config: Any, segments: int, crops: int) -> Clips:
+    return Clips(config.data, "validation", train=False, segments=segments, crops=crops)
+
+
+def _loader(config: Any, dataset: Clips, *, train: bool) -> DataLoader:
+    run = config.run
+    size, workers = run.micro_batch, run.num_workers
+    return build_loader(dataset, batch_size=size, seed=run.seed, train=train, num_workers=workers, collate=collate)
+
+
+def _load_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; set --data.root, or run `python -m action_recognition.prepare`")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); download it again") from error
+
+
+def _load_csv(path: Path, kind: str) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; set --data.root, or run `python -m action_recognition.prepare`")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, fieldnames=["path", "label"] if kind == "csv" else None)
+        columns = {"path", "label"} if kind == "csv" else {"label", "youtube_id", "time_start", "time_end"}
+        if lacking := columns - set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: the columns {', '.join(sorted(lacking))} are missing")
+        rows = list(reader)
+    for number, row in enumerate(rows, start=1):
+        if any(row[column] is None for column in columns):
+            raise ValueError(f"{path}: row {number} is incomplete: {row}")
+    return rows
