@@ -1,8 +1,8 @@
 """What the residual branches of a block are: one small function per block type, found by `functools.singledispatch`.
 
-A pre-norm transformer block x + attention(norm1(x)), then x + mlp(norm2(x)), is two branches. A block without a clean residual
-connection that keeps its input's shape (post-activation ResNet, SlowFast) is one branch whose alpha is fixed at 0, as the
-paper remarks. A block that is neither (it changes the shape) has none and runs as it is.
+A pre-norm transformer block x + attention(norm1(x)), then x + mlp(norm2(x)), is two branches. A block without a clean
+residual connection that keeps its input's shape (post-activation ResNet, SlowFast) is one branch whose alpha is fixed
+at 0, as the paper remarks. A block that is neither (it changes the shape) has none and runs as it is.
 
 To teach it your own block:
 
@@ -13,8 +13,8 @@ To teach it your own block:
             dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp)),
         )
 
-Known: timm ViT and Swin blocks, torchvision Swin (2-D, 3-D, v2) and ResNet blocks, transformers ViT and VideoMAE layers,
-pytorchvideo ResNet/SlowFast blocks. The libraries are imported only when a block of theirs is met.
+Known: timm ViT and Swin blocks, torchvision Swin (2-D, 3-D, v2) and ResNet blocks, transformers ViT and VideoMAE
+layers, pytorchvideo ResNet/SlowFast blocks. The libraries are imported only when a block of theirs is met.
 """
 
 import functools

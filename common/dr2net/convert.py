@@ -1,8 +1,9 @@
 """Turn a pretrained model into its reversible surrogate, in place, and back.
 
-`convert` replaces each nn.Sequential or nn.ModuleList that holds convertible blocks by a `ReversibleSequence` with the same
-children, so state_dict keys do not change and checkpoints fit both ways. At (alpha, beta) = (1, 0), where it starts, the converted
-model computes what the original computes. Not here: what the branches of a block are (`branches.py`).
+`convert` replaces each nn.Sequential or nn.ModuleList that holds convertible blocks by a `ReversibleSequence` with the
+same children, so state_dict keys do not change and checkpoints fit both ways. At (alpha, beta) = (1, 0), where it
+starts, the converted model computes what the original computes. Not here: what the branches of a block are
+(`branches.py`).
 """
 
 import functools
@@ -28,7 +29,9 @@ class Report:
     all_parameters: int
 
     def __str__(self) -> str:
-        lines = [f"reversible: {name}: {blocks} blocks, {branches} branches" for name, blocks, branches in self.sequences]
+        lines = [
+            f"reversible: {name}: {blocks} blocks, {branches} branches" for name, blocks, branches in self.sequences
+        ]
         lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
         share = self.reversible_parameters / max(1, self.all_parameters)
         return "\n".join([*lines, f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks"])
@@ -49,8 +52,9 @@ def convert(
     tolerance: relative gradient error above which "float" warns and below which "anchored" stays.
     store: keep all activations (the reference; no memory is saved).
 
-    Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is converted
-    already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing is on.
+    Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
+    converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
+    is on.
     """
     sequences, ordinary, inside = [], [], 0
     found = list(_containers(model))
@@ -114,19 +118,26 @@ def sequences(model: nn.Module) -> list[ReversibleSequence]:
 
 
 def set_coefficients(model: nn.Module, alpha: float, beta: float | Fraction) -> None:
-    """Set (alpha, beta) of all reversible sequences, from the next forward pass on, in training and evaluation alike."""
+    """Set (alpha, beta) of all reversible sequences from the next forward pass on, in training and evaluation alike."""
     for sequence in sequences(model):
         sequence.set_coefficients(alpha, beta)
 
 
 def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """(parent, attribute, full name, container) of each container with a convertible block, collected before any change."""
+    """(parent, attribute, full name, container) of each container with a convertible block, before any change."""
     found, refused = [], []
     for module_name, module in model.named_modules():
-        if isinstance(module, ReversibleSequence) or getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
-            raise ValueError(f"{module_name or type(model).__name__} is converted already; call dr2net.deconvert(model) first")
+        if (
+            isinstance(module, ReversibleSequence)
+            or getattr(module.__dict__.get("forward"), "func", None) is checkpoint
+        ):
+            raise ValueError(
+                f"{module_name or type(model).__name__} is converted already; call dr2net.deconvert(model) first"
+            )
         if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
-            raise ValueError(f"{module_name or type(model).__name__} has its own gradient checkpointing on; turn it off first")
+            raise ValueError(
+                f"{module_name or type(model).__name__} has its own gradient checkpointing on; turn it off first"
+            )
         for attribute, container in module._modules.items():
             if type(container) not in (nn.Sequential, nn.ModuleList):
                 continue
@@ -148,8 +159,12 @@ def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modu
 
 def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:
     if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
-        raise ValueError(f"{name} has hooks, which would not fire in a reversible sequence; remove them before converting")
+        raise ValueError(
+            f"{name} has hooks, which would not fire in a reversible sequence; remove them before converting"
+        )
     missing = {id(p) for p in block.parameters()} - {id(p) for p in covered}
     names = [key for key, p in block.named_parameters() if id(p) in missing]
     if names:
-        raise ValueError(f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(names)}")
+        raise ValueError(
+            f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(names)}"
+        )

@@ -5,7 +5,8 @@ beta e_{i-2} + alpha e_{i-1} - e_i = 0, so per branch it is multiplied by the la
 
     g = 2 / (sqrt(alpha^2 + 4 beta) - alpha)        (real roots, beta > 0)
 
-e.g. 10.9 at (1, .1), 2.0 at (.5, .5), 1 at (0, 1). Pure functions of numbers; the error itself is measured in `precision.py`.
+e.g. 10.9 at (1, .1), 2.0 at (.5, .5), 1 at (0, 1). Pure functions of numbers; the error itself is measured in
+`precision.py`.
 """
 
 import cmath

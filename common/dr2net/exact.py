@@ -11,14 +11,14 @@ The streams are integers n_i; the network sees x_i = n_i * grid. With beta = num
 Why it is exact. (1) q_i is a deterministic function of n_{i-1}, so it is recomputed bitwise, however it was rounded; a
 checksum per channel finds a branch for which this is not so. (2) m = floor(beta n) means n in [m/beta, (m+1)/beta), so
 0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing wraps: every q_i is
-measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <= Q all streams of N branches
-stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's range. (4) Products below are of a
-quotient with its divisor's partner, no larger than the stream, or of two numbers below 2^15.
+measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <= Q all streams of N
+branches stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's range. (4) Products
+below are of a quotient with its divisor's partner, no larger than the stream, or of two numbers below 2^15.
 
 The integers have the width of the stream's floats: int32 for float32, int64 for float64. The grid is a power of two per
-sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, so scaling by it is exact, a sample's result
-does not depend on its batch, and single values may grow to 8192 times that mean (beta <= 1/2) before an overflow is reported.
-The gradient treats rounding as identity.
+sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, so scaling by it is exact, a sample's
+result does not depend on its batch, and single values may grow to 8192 times that mean (beta <= 1/2) before an overflow
+is reported. The gradient treats rounding as identity.
 
 Not here: autograd, randomness, who stores what (`reversible.py`).
 """

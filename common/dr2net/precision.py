@@ -1,7 +1,7 @@
 """Measure the error of a reversible gradient against the one from stored activations, on the model and batch at hand.
 
-Both gradients come from the same arithmetic, the same coefficients and the same random draws; only how activations come back
-differs. Not here: the law that predicts the error (`error_law.py`).
+Both gradients come from the same arithmetic, the same coefficients and the same random draws; only how activations come
+back differs. Not here: the law that predicts the error (`error_law.py`).
 """
 
 from collections import defaultdict
@@ -18,7 +18,8 @@ from dr2net.convert import sequences
 
 @dataclass(frozen=True)
 class GradientError:
-    """|g - g_stored| / |g_stored| over all trainable parameters, and per group (a block, or a part outside the blocks)."""
+    """|g - g_stored| / |g_stored| over all trainable parameters, and per group (a block, or a part outside the
+    blocks)."""
 
     overall: float
     groups: dict[str, float]
@@ -27,9 +28,9 @@ class GradientError:
 def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> GradientError:
     """Relative error of the gradient of `loss(model, batch)`, a scalar, in a converted model.
 
-    Two forward and backward passes, one of them with all activations stored, so choose a small batch. Leaves no trace: .grad,
-    buffers, random generators and the way of inversion stay as they were. A gradient that is not finite gives infinity.
-    Raises ValueError if the model is not converted or nothing is trainable.
+    Two forward and backward passes, one of them with all activations stored, so choose a small batch. Leaves no trace:
+    .grad, buffers, random generators and the way of inversion stay as they were. A gradient that is not finite gives
+    infinity. Raises ValueError if the model is not converted or nothing is trainable.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -54,7 +55,9 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
         for sequence, store in zip(of_sequences, stored_before, strict=True):
             sequence.store = store
 
-    blocks = [f"{name}.{child}" for name, m in model.named_modules() if m in of_sequences for child, _ in m.named_children()]
+    blocks = [
+        f"{name}.{child}" for name, m in model.named_modules() if m in of_sequences for child, _ in m.named_children()
+    ]
     differences, norms = defaultdict(float), defaultdict(float)
     for name, reference, ours in zip(parameters, *gradients, strict=True):
         group = next((block for block in blocks if name.startswith(block + ".")), name.rsplit(".", 1)[0])

@@ -1,7 +1,7 @@
 """Record and replay what a branch draws at random, without leaving a trace in the global generators.
 
-`record` takes the state before a branch runs; `replay` runs the branch again on that state and puts the generators back to
-where they were. A branch that drew nothing keeps no state. Not here: seeding (the training engine does that).
+`record` takes the state before a branch runs; `replay` runs the branch again on that state and puts the generators back
+to where they were. A branch that drew nothing keeps no state. Not here: seeding (the training engine does that).
 """
 
 from collections.abc import Iterator

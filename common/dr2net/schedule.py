@@ -4,8 +4,8 @@
     Schedule.constant(63 / 64, 1 / 64)                 stay near the pretrained network: our default (common/README.md)
     Schedule.constant(0, 1)                            hard reversible: Re2TAL's rewired network
 
-start and end with alpha + beta = 1 stay on that line when both move together. Nothing is remembered between calls, so a resumed
-run continues where it stopped. Not here: the learning rate (`training/engine.py`).
+start and end with alpha + beta = 1 stay on that line when both move together. Nothing is remembered between calls, so a
+resumed run continues where it stopped. Not here: the learning rate (`training/engine.py`).
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ Path = Literal["together", "alternating", "alpha_first", "beta_first"]
 class Schedule:
     """(alpha, beta) moves linearly from `start` to `end` over the progress [0, until] and then rests.
 
-    path: "together"; "alternating": in `stages` steps each, alpha and beta in turn, alpha before beta (the authors' code);
-    "alpha_first" and "beta_first": one moves in the first half of the way, the other in the second.
-    Raises ValueError for an unknown path, until outside [0, 1], stages < 1.
+    path: "together"; "alternating": in `stages` steps each, alpha and beta in turn, alpha before beta (the authors'
+    code); "alpha_first" and "beta_first": one moves in the first half of the way, the other in the second. Raises
+    ValueError for an unknown path, until outside [0, 1], stages < 1.
     """
 
     start: tuple[float, float] = (63 / 64, 1 / 64)

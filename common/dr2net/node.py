@@ -1,0 +1,254 @@
+"""One residual branch as a node of the autograd graph: what it keeps, and how its backward rebuilds what it did not
+keep.
+
+    forward   x_i = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}
+    backward  recompute F_i at x_{i-1}, differentiate it, rebuild x_{i-2}, hand (x_{i-1}, x_{i-2}) to node i - 1
+
+Only the last node of a run, anchors, and with exact inversion the remainders and checksums are saved, all of it through
+`ctx.save_for_backward`. The chain of nodes is strictly sequential: x_{i-1} is an input of nodes i and i + 1, so node i
+- 1 runs after both. Randomness is replayed, BatchNorm's statistics move once, other state in a branch is refused.
+
+Not here: which node keeps what, and the choice of coefficients (`reversible.py`); the arithmetic (`coupling.py`,
+`exact.py`).
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from dr2net import coupling, exact, rng
+from dr2net.branches import Branch
+
+
+@dataclass
+class Tape:
+    """What the backward of one run hands from node to node."""
+
+    index: int | None = None  # of the node the streams below are for
+    streams: tuple[Tensor, ...] = ()  # float: (x_i, x_{i-1}); exact: (n_i, n_{i-1}, grid)
+    side: list[Tensor] = field(default_factory=list)
+    checks: list[tuple[str, Tensor]] = field(default_factory=list)  # did each branch recompute the same?
+
+
+@dataclass
+class Node:
+    """What one branch's forward hands to its backward besides tensors."""
+
+    tape: Tape
+    branch: Branch
+    name: str
+    index: int
+    alpha: float
+    beta: float | Fraction
+    exact: bool
+    recording: bool  # False under no_grad: nothing is kept
+    keeps: bool  # this node saves (x_i, x_{i-1})
+    inverts: bool  # the node before it needs streams from this one
+    arguments: list[Any]  # of the block after x, flattened; tensors replaced by None
+    tensor_at: list[int]  # where they were
+    structure: TreeSpec
+    dtype: torch.dtype  # of F's input
+    parameters: list[nn.Parameter]
+    versions: list[int] = field(default_factory=list)
+    autocast: dict[str, Any] = field(default_factory=dict)
+    random: rng.States | None = None
+
+    def call(self, x: Tensor, side: list[Tensor]) -> Tensor:
+        """F(x, *arguments) under the autocast of the forward pass."""
+        arguments = list(self.arguments)
+        for position, tensor in zip(self.tensor_at, side, strict=True):
+            arguments[position] = tensor
+        args, named = tree_unflatten(arguments, self.structure)
+        version = x._version
+        with ExitStack() as stack:
+            # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not for
+            # it
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+            if self.autocast:
+                # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
+                stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
+            f = self.branch.function(x.to(self.dtype), *args, **named)
+        if f.shape != x.shape:
+            raise ValueError(
+                f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
+            )
+        if x._version != version:
+            raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
+        return f
+
+
+class DualResidual(torch.autograd.Function):
+    """One branch of a dual-residual sequence: the repository's only autograd.Function.
+
+    Inputs: node, x = x_{i-1}, previous = x_{i-2}, then for exact inversion n_{i-1}, n_{i-2} and grid (else None), then
+    the tensors among the block's side arguments, then the branch's trainable parameters, so that their gradients reach
+    autograd (and DDP) as soon as this node is done. Outputs x_i, and for exact inversion n_i and the largest |q_i|.
+    """
+
+    @staticmethod
+    def forward(ctx, node: Node, x, previous, n, n_previous, grid, *tensors):
+        side = list(tensors[: len(node.tensor_at)])
+        if node.exact and node.index == 0:
+            x = exact.decode(n, grid)  # the caller's x is not on the grid yet
+        device = x.device.type
+        if autocast_is_on(x):
+            node.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
+        states = rng.record(x) if node.recording else {}
+        buffers = _buffer_versions(node.branch)
+        if node.exact and node.recording:
+            # under grad, like the recomputation, because other kernels may be chosen without; the graph is dropped at
+            # once
+            with torch.enable_grad():
+                f = node.call(x.detach().requires_grad_(), side).detach()
+        else:
+            f = node.call(x.detach(), side)
+        _refuse_stateful(node, buffers)
+        if node.recording:
+            node.random = rng.drawn(states, x)
+            node.versions = [parameter._version for parameter in node.parameters]
+            ctx.node = node
+        if not node.exact:
+            following = coupling.step(f, x, previous, node.alpha, node.beta)
+            if node.recording and node.keeps:
+                ctx.save_for_backward(following, x, *side)
+            return following
+        q, size = exact.quantise(f, x, node.alpha, grid)
+        del f, x
+        check = exact.checksum(q) if node.recording else None
+        following, remainder = exact.step(q, n_previous, node.beta)
+        if node.recording:
+            packed = None
+            if remainder is not None and node.inverts:
+                packed = exact.pack(remainder, exact.remainder_bits(node.beta))
+            ctx.save_for_backward(check, packed, *((following, n, grid, *side) if node.keeps else ()))
+        ctx.mark_non_differentiable(following, size)
+        return exact.decode(following, grid), following, size
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a reversible sequence has no second derivative: its backward is not differentiable. "
+                "Call without create_graph=True, or convert with store=True"
+            )
+        node: Node = ctx.node
+        tape = node.tape
+        saved = list(ctx.saved_tensors)
+        check, packed = (saved.pop(0), saved.pop(0)) if node.exact else (None, None)
+        num_streams = 3 if node.exact else 2
+        if node.keeps:
+            streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
+        elif tape.index == node.index:
+            streams, owned = tape.streams, True
+        else:
+            raise RuntimeError(
+                f"backward entered a reversible sequence at branch {node.name}, before its end, where no streams are "
+                "kept; let the loss depend on the sequence's output, or convert with store=True"
+            )
+        tape.index, tape.streams = None, ()
+        for parameter, version in zip(node.parameters, node.versions, strict=True):
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"a parameter of branch {node.name}, shape {tuple(parameter.shape)}, was changed in place between "
+                    "forward and backward, so the branch cannot be recomputed; step the optimizer after backward"
+                )
+        needs = ctx.needs_input_grad[6:]
+        x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
+        x_in = x.detach().requires_grad_(ctx.needs_input_grad[1])
+        side = [t.detach().requires_grad_(need) for t, need in zip(tape.side, needs, strict=False)]
+        with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
+            f = node.call(x_in, side)
+
+        if node.exact:
+            q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2])
+            if not isinstance(q, FakeTensor):
+                tape.checks.append((node.name, torch.eq(exact.checksum(q), check).all()))
+        if node.inverts and node.exact:
+            remainder = exact.unpack(packed, exact.remainder_bits(node.beta), q) if packed is not None else None
+            tape.streams = (streams[1], exact.invert(q, streams[0], remainder, node.beta), streams[2])
+        elif node.inverts:
+            out = streams[0] if owned else None
+            tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
+        if node.inverts:
+            tape.index = node.index - 1
+        else:
+            _verify(tape)
+        del streams, saved, packed
+
+        wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
+        found = iter(torch.autograd.grad(f, wanted, grad.to(f.dtype), allow_unused=True) if f.requires_grad else ())
+        del f
+        results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
+        grad_x, grad_previous = results[0], None
+        if x_in.requires_grad:
+            if node.alpha != 0:
+                grad_x = grad * node.alpha if grad_x is None else torch.add(grad_x, grad, alpha=node.alpha)
+            grad_previous = grad * float(node.beta) if ctx.needs_input_grad[2] and node.beta != 0 else None
+        return None, grad_x, grad_previous, None, None, None, *results[1:]
+
+
+def _verify(tape: Tape) -> None:
+    """At the start of a run (or of an anchor's segment): did every branch recompute what it computed?"""
+    checks, tape.checks = tape.checks, []
+    if not checks:
+        return
+    same = torch.stack([equal for _, equal in checks]).tolist()
+    if not all(same):
+        raise RuntimeError(
+            f"branch {checks[same.index(False)][0]} did not compute the same twice, so the streams cannot be rebuilt; "
+            "make it deterministic (torch.use_deterministic_algorithms(True), no state of its own), or convert with "
+            "inversion='anchored'"
+        )
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _modules_with_buffers(branch: Branch) -> list[nn.Module]:
+    return [module for part in branch.modules for module in part.modules() if module._buffers]
+
+
+def _buffer_versions(branch: Branch) -> list[tuple[nn.Module, str, Tensor, int]]:
+    found = []
+    for module in _modules_with_buffers(branch):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found += [(module, name, b, b._version) for name, b in module._buffers.items() if b is not None]
+    return found
+
+
+def _refuse_stateful(node: Node, before: list[tuple[nn.Module, str, Tensor, int]]) -> None:
+    """Only BatchNorm may change its buffers: its output in training does not depend on them, so it can be run again."""
+    for module, name, buffer, version in before:
+        if module._buffers[name] is not buffer or buffer._version != version:
+            raise ValueError(
+                f"{type(module).__name__} in branch {node.name} changes its buffer {name!r} in forward, which would "
+                "happen again when the branch is recomputed; put it in eval mode or leave its block out of the conversion"
+            )
+
+
+class _buffers_kept:
+    """Puts BatchNorm's running statistics back after the recomputation: they move once per step."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.modules = [
+            m for m in _modules_with_buffers(branch) if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+        ]
+
+    def __enter__(self) -> None:
+        self.values = [(b, b.clone()) for m in self.modules for b in m._buffers.values() if b is not None]
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for buffer, value in self.values:
+                buffer.copy_(value)
