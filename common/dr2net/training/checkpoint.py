@@ -5,12 +5,15 @@ A checkpoint folder holds `state.json` and the safetensors files it names with t
     model-<hash>.safetensors      weights, the keys of the plain pretrained model
     optimizer-<hash>.safetensors  `<parameter>/<slot>`, e.g. `head.weight/exp_avg`
     ema-<hash>.safetensors        averaged weights, if any
-    rng-<hash>.safetensors        states of the random generators, per process
-    state.json                    everything that is a number or a word: step, epoch, progress, coefficients, curve, config
+    state.json                    everything that is a number or a word: step, epoch, progress, coefficients, seed,
+    curve, config
 
-Each file is written under a temporary name in the same folder, synced and renamed; `state.json` comes last and its rename is
-the one moment at which the new checkpoint replaces the old. Only then are the old files deleted, so a full disk or a kill at any
-time leaves a complete checkpoint. Nothing is pickled or unpickled.
+The random generators need no file: the engine seeds them before each step from (seed, step, process), and a batch is a
+function of (seed, epoch, position), so seed and step are their whole state.
+
+Each file is written under a temporary name in the same folder, synced and renamed; `state.json` comes last and its
+rename is the one moment at which the new checkpoint replaces the old. Only then are the old files deleted, so a full
+disk or a kill at any time leaves a complete checkpoint. Nothing is pickled or unpickled.
 """
 
 import contextlib
@@ -33,7 +36,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds. `tensors` maps "model", "optimizer", "ema", "rng" to named tensors on the CPU."""
+    """What a folder holds. `tensors` maps "model", "optimizer", "ema" to named tensors on the CPU."""
 
     state: dict[str, Any]
     tensors: dict[str, Tensors]
@@ -53,8 +56,8 @@ class Coverage:
 def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
     """Write a checkpoint; the previous one stays until this one is complete.
 
-    Raises OSError with a remedy when the disk is full, and ValueError when a weight is not finite: both leave the previous
-    checkpoint as it was.
+    Raises OSError with a remedy when the disk is full, and ValueError when a weight is not finite: both leave the
+    previous checkpoint as it was.
     """
     if "model" in tensors:
         refuse_non_finite(tensors["model"], f"the weights to be saved in {folder}")
@@ -76,7 +79,8 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> No
         _delete_unnamed(folder)
         raise OSError(
             getattr(error, "errno", None) or 0,
-            f"could not save a checkpoint in {folder}: {error}; {kept}. Free disk space, then start the same command again",
+            f"could not save a checkpoint in {folder}: {error}; {kept}. "
+            "Free disk space, then start the same command again",
         ) from error
     _delete_unnamed(folder)
 
@@ -93,7 +97,9 @@ def load(folder: Path) -> Checkpoint:
             raise ValueError(f"{path} is missing; the checkpoint is incomplete. Copy the whole folder again")
         weights = read_tensors(path)
         if _digest(path) != entry["sha256"]:
-            raise ValueError(f"{path}: its content is not what was saved (SHA-256 differs). Copy it again, or train anew")
+            raise ValueError(
+                f"{path}: its content is not what was saved (SHA-256 differs). Copy it again, or train anew"
+            )
         tensors[kind] = weights
     return Checkpoint(state=state, tensors=tensors, folder=folder)
 
@@ -122,7 +128,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file, on the CPU. ValueError, naming the file, for anything else; never unpickles."""
+    """All tensors of a safetensors file, on the CPU. ValueError, naming the file, for anything else; never
+    unpickles.
+    """
     with open(path, "rb") as file:
         head = file.read(16)
     if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
@@ -138,7 +146,8 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def load_weights(model: nn.Module, path: Path, *, averaged: bool = True) -> Coverage:
-    """Load a checkpoint folder (averaged weights if it has them and `averaged`), or one safetensors file, into the model.
+    """Load a checkpoint folder (averaged weights if it has them and `averaged`), or one safetensors file, into the
+    model.
 
     Every key must fit; ValueError names those that do not. Nothing is changed in the model before all is verified.
     """
@@ -182,7 +191,9 @@ def refuse_non_finite(weights: Tensors, source: str) -> None:
     """ValueError naming the tensors of `weights` that hold NaN or infinity."""
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise ValueError(f"{source}: NaN or infinite values in {_some(bad)}. Train from, or load, an earlier checkpoint")
+        raise ValueError(
+            f"{source}: NaN or infinite values in {_some(bad)}. Train from, or load, an earlier checkpoint"
+        )
 
 
 def _explain(coverage: Coverage) -> str:
@@ -192,7 +203,9 @@ def _explain(coverage: Coverage) -> str:
     if coverage.unused:
         parts.append(f"{len(coverage.unused)} unused: {_some(coverage.unused)}")
     if coverage.wrong_shape:
-        shapes = [f"{key} {list(theirs)} instead of {list(ours)}" for key, (theirs, ours) in coverage.wrong_shape.items()]
+        shapes = [
+            f"{key} {list(theirs)} instead of {list(ours)}" for key, (theirs, ours) in coverage.wrong_shape.items()
+        ]
         parts.append(f"{len(shapes)} of another shape: {_some(shapes)}")
         heads = {(theirs[:1], ours[:1]) for theirs, ours in coverage.wrong_shape.values() if theirs[1:] == ours[1:]}
         all_heads = all(theirs[1:] == ours[1:] for theirs, ours in coverage.wrong_shape.values())
@@ -231,14 +244,17 @@ def _digest(path: Path) -> str:
 
 def _publish(temporary: Path, path: Path) -> None:
     """Make a written file permanent under its name: sync it, rename it, sync the folder."""
-    for target, action in ((temporary, None), (path.parent, lambda: os.replace(temporary, path))):
-        if action is not None:
-            action()
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _delete_unnamed(folder: Path) -> None:

@@ -1,13 +1,15 @@
 """From a dataset to batches whose content is a pure function of (seed, epoch, position).
 
-The sampler hands the dataset keys `(index, draw)`. `draw` is an integer seed derived from (seed, epoch, position), and the
-dataset draws all its randomness from generators made of it. So neither the number of workers, nor the number of devices, nor an
-interruption in the middle of an epoch changes a sample. In validation `draw` is 0 and the order is the dataset's.
+The sampler hands the dataset keys `(index, draw)`. `draw` is an integer seed derived from (seed, epoch, position), and
+the dataset draws all its randomness from generators made of it. So neither the number of workers, nor the number of
+devices, nor an interruption in the middle of an epoch changes a sample. In validation `draw` is 0 and the order is the
+dataset's.
 
 Not here: transforms, decoding, datasets. They belong to the tasks.
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -117,7 +119,9 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 def key_batches(loader: DataLoader) -> KeyBatches:
     """The sampler of a loader made by `build_loader`; ValueError for any other loader."""
     if not isinstance(loader.batch_sampler, KeyBatches):
-        raise ValueError("this loader was not made by dr2net.training.data.build_loader; use it, so that runs can resume")
+        raise ValueError(
+            "this loader was not made by dr2net.training.data.build_loader; use it, so that runs can resume"
+        )
     return loader.batch_sampler
 
 
@@ -139,11 +143,28 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def gather(rows: Sequence[Row]) -> list[Row]:
     """All devices' rows in dataset order, each exactly once, on every device; plain `list(rows)` without DDP.
 
-    `evaluate` collects one or more rows per sample of its share and calls this before it scores. No sample is padded in,
-    so none needs to be dropped. Rows are small: names, labels, probabilities, on the CPU.
+    `evaluate` collects one or more rows per sample of its share and calls this before it scores. No sample is padded
+    in, so none needs to be dropped. Rows are small: names, labels, probabilities, on the CPU.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return list(rows)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, list(rows))
     return [row for share in shares for row in share]
+
+
+class Timed:
+    """An iterator that adds up the seconds its consumer waits for items."""
+
+    def __init__(self, source: Iterator[dict[str, Any]]) -> None:
+        self.source, self.seconds = source, 0.0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            return next(self.source)
+        finally:
+            self.seconds += time.perf_counter() - started

@@ -1,0 +1,102 @@
+"""What a run says while it runs: a progress line on a terminal, plain lines elsewhere, tensorboard curves always.
+
+Only the main process speaks. Numbers go to `<run folder>/tensorboard`; `tensorboard --logdir runs` shows them.
+"""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Log:
+    """Context manager around a run. `total` and `done` count optimizer steps, `samples` is the global batch."""
+
+    def __init__(
+        self, folder: Path, title: str, *, total: int, done: int, samples: int, every: int, speak: bool
+    ) -> None:
+        self.every, self.samples, self.speak, self.total = max(every, 1), samples, speak, total
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = speak and sys.stdout.isatty()
+        self.writer = None
+        self.last = (done, time.perf_counter())
+        self.rate = 0.0
+        if speak:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+            self.progress = Progress(
+                TextColumn(title),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                disable=not self.live,
+            )
+            self.task = self.progress.add_task(title, total=total, completed=done, numbers="")
+            if not self.live:
+                self.console.print(f"{title}: steps {done} to {total}", markup=False)
+
+    def __enter__(self) -> "Log":
+        if self.speak:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is not None:
+            self.progress.stop()
+            self.writer.close()
+
+    def step(self, step: int, losses: dict[str, float], rate: float, alpha: float | None, beta: float | None) -> None:
+        """After optimizer step number `step` (1 is the first)."""
+        if self.writer is None:
+            return
+        loss = sum(losses.values())
+        self.progress.update(self.task, completed=step)
+        if step % self.every and step != self.total:
+            return
+        now = time.perf_counter()
+        self.rate = (step - self.last[0]) * self.samples / max(now - self.last[1], 1e-9)
+        seconds_left = (self.total - step) * self.samples / max(self.rate, 1e-9)
+        self.last = (step, now)
+        scalars = {"loss": loss, "learning_rate": rate, "samples_per_second": self.rate}
+        scalars |= {f"loss/{name}": value for name, value in losses.items()}
+        numbers = f"loss {loss:.4f}  lr {rate:.2e}"
+        if alpha is not None and beta is not None:
+            scalars |= {"alpha": alpha, "beta": beta}
+            numbers += f"  alpha {alpha:.3f} beta {beta:.3f}"
+        numbers += f"  {self.rate:.1f} samples/s"
+        for name, value in scalars.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        self.progress.update(self.task, numbers=numbers)
+        if not self.live:
+            self.console.print(f"step {step}/{self.total}  {numbers}  {seconds_left:.0f} s left", markup=False)
+
+    def epoch(self, epoch: int, step: int, entry: dict[str, float]) -> None:
+        """After an epoch or evaluation; `entry` is the line of the Record's curve."""
+        if self.writer is None:
+            return
+        values = {name: value for name, value in entry.items() if name not in ("epoch", "step", "alpha", "beta")}
+        for name, value in values.items():
+            self.writer.add_scalar(f"epoch/{name}", value, step)
+        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.note(f"epoch {epoch}  step {step}  {words}")
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """A curve of its own, such as the guard's gradient error."""
+        if self.writer is not None:
+            self.writer.add_scalar(name, value, step)
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen."""
+        if self.speak:
+            self.console.print(text, markup=False)
