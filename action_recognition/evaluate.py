@@ -1,9 +1,10 @@
-"""Top-1 and top-5 accuracy over views, VideoMAE's protocol: softmax per view, mean of probabilities over a video's views.
+"""Top-1 and top-5 accuracy over views, VideoMAE's protocol: softmax per view, mean of probabilities per video.
 
     python -m action_recognition.evaluate runs/action_recognition/motion_tiny_dr2net/seed0
 
-prints the metrics over all test views and writes predictions.json into the run's folder. In percent. A tie counts against the prediction: a
-network that gives every class the same probability scores 0, not 100. Not here: which views there are (`data.py`).
+prints the metrics, in percent, over all test views and writes predictions.json into the run's folder. A tie counts
+against the prediction: a network that gives every class the same probability scores 0, not 100. Not here: which views
+there are (`data.py`).
 """
 
 import argparse
@@ -50,7 +51,7 @@ def evaluate(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
 
 
 def predict_views(model: nn.Module, batches: Iterable[dict]) -> list[View]:
-    """One View per sample of this device's share. batch: video (B, 3, T, H, W), label (B,), name [B], view (B,) or [B]."""
+    """One View per sample of this device's share. batch: video (B, 3, T, H, W), label (B,), view (B,), name [B]."""
     views = []
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -83,7 +84,7 @@ def merge(views: Iterable[View]) -> list[Prediction]:
 
 
 def score(views: list[View]) -> dict[str, float]:
-    """top1, top5 over merged views; top1_single_view: one view alone, averaged over all of them (percent); views per video."""
+    """top1, top5 over merged views, top1_single_view of each view alone, in percent; views: how many a video has."""
     merged = [(prediction.probabilities, prediction.label) for prediction in merge(views)]
     single = [(view.probabilities, view.label) for view in {(view.name, view.view): view for view in views}.values()]
     if not merged:
@@ -121,7 +122,7 @@ def write_predictions(path: Path, predictions: list[Prediction], class_names: li
 
 
 def load_recognizer(run: Path, device: torch.device) -> tuple[Config, ActionRecognizer]:
-    """The Config and the trained network, in eval mode, of a run's folder. FileNotFoundError or ValueError if unusable."""
+    """The Config and the trained network, in eval mode, of a run. FileNotFoundError or ValueError if unusable."""
     folder = run / "checkpoint" if (run / "checkpoint").is_dir() else run
     config = config_of_checkpoint(folder, Config)
     # The checkpoint fills every weight, so the pretrained ones need not be fetched again.
@@ -148,7 +149,8 @@ def main() -> None:
         config = replace(config, data=replace(config.data, root=arguments.root))
     with autocast(config, device):
         views = predict_views(model, build_test_loader(config))
-    print(f"{config.row} seed {config.run.seed}: " + ", ".join(f"{name} {value:.1f}" for name, value in score(views).items()))
+    metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(views).items())
+    print(f"{config.row} seed {config.run.seed}: {metrics}")
     write_predictions(arguments.run / "predictions.json", merge(views), class_names(config.data))
     print(arguments.run / "predictions.json")
 

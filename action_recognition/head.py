@@ -50,7 +50,7 @@ def build_criterion(*, num_classes: int, label_smoothing: float) -> Callable[[di
 
 
 def one_hot(label: Tensor, num_classes: int) -> Tensor:
-    """(B,) long -> (B, K) float32, by comparison: no value is read, so fake tensors pass and the device is not waited for."""
+    """(B,) long -> (B, K) float32, by comparison: no value is read, so fake tensors pass and nothing waits."""
     return (label[:, None] == torch.arange(num_classes, device=label.device)).float()
 
 

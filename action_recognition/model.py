@@ -37,10 +37,11 @@ class ActionRecognizer(nn.Module):
 
 
 def build_model(config: Config) -> ActionRecognizer:
-    """Build the row's network with its pretrained backbone. ValueError if weights cannot be had, do not fit or hold NaN."""
+    """The row's network with its pretrained backbone. ValueError if weights are unreachable, do not fit or hold NaN."""
     backbone = _build_backbone(config)
     refuse_non_finite(backbone.state_dict(), f"pretrained weights of {config.model.name}")
-    return ActionRecognizer(backbone, MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout))
+    head = MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout)
+    return ActionRecognizer(backbone, head)
 
 
 def _build_backbone(config: Config) -> nn.Module:

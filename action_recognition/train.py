@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> None:
     set_seed(config.run.seed)
     criterion = build_criterion(num_classes=config.data.num_classes, label_smoothing=config.label_smoothing)
     record = fit(config, build_model(config), criterion, build_loaders(config), evaluate)
-    print(f"{record.row} seed {record.seed}: " + ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items()))
+    metrics = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
+    print(f"{record.row} seed {record.seed}: {metrics}")
 
 
 if __name__ == "__main__":

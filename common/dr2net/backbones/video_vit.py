@@ -5,10 +5,10 @@
     tokens = backbone(clip)                                        # (B, 3, 8, 70, 70) -> (B, 100, 384)
 
 Three choices make a *still* clip give exactly the image network's tokens, so that finetuning starts from it:
-  - the patch embedding is inflated by the mean, W3[:, :, t] = W2 / tubelet, so every frame is seen from the first step (a
-    central-frame inflation would ignore half of the clip until training wakes it up);
+  - the patch embedding is inflated by the mean, W3[:, :, t] = W2 / tubelet, so every frame is seen from the first step
+    (a central-frame inflation would ignore half of the clip until training wakes it up);
   - the temporal position embedding starts at zero;
-  - the class token is repeated once per time step, so that softmax weighs it against the patches as it did in the image.
+  - the class token is repeated once per time step, so that softmax weighs it against the patches as in the image.
 The class tokens take part in attention, since the blocks were pretrained with them, and are not handed out: the head
 pools patch tokens. Not here: factorised attention, masking, the image network's final norm (the head has its own).
 """

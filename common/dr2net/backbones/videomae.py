@@ -3,8 +3,8 @@
     backbone = build_videomae("MCG-NJU/videomae-base", weights="hub", num_frames=16, image_size=224, drop_path=0.1)
     tokens = backbone(clip)                                        # (B, 3, 16, 224, 224) -> (B, 1568, 768)
 
-`name` is a public checkpoint, of pretraining or of finetuning (its decoder or classifier is then left out by name), or a
-local folder in transformers' form. With `weights=None` only the architecture is built, from the sizes below, at random:
+`name` is a public checkpoint of pretraining or finetuning (its decoder or classifier is left out by name), or a local
+folder in transformers' form. With `weights=None` only the architecture is built, from the sizes below, at random:
 enough to plan memory without a hub. Not here: masking, the decoder, the encoder's final norm (finetuning with mean
 pooling replaces it by the head's own norm).
 """
@@ -20,7 +20,7 @@ except ImportError as error:
 
 # Architectures of the public checkpoints, by the word in their name: (width, depth, heads).
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-# What a checkpoint legitimately holds beyond the encoder: the pretraining decoder, a classifier, norms the head replaces.
+# What a checkpoint legitimately holds beyond the encoder: pretraining decoder, classifier, norms the head replaces.
 IGNORED = ("decoder.", "encoder_to_decoder.", "mask_token", "classifier.", "fc_norm.", "layernorm.")
 
 
@@ -59,12 +59,18 @@ class VideoMAE(nn.Module):
 
 
 def build_videomae(
-    name: str, *, weights: str | None, num_frames: int, image_size: int, depth: int | None = None, drop_path: float = 0.0
+    name: str,
+    *,
+    weights: str | None,
+    num_frames: int,
+    image_size: int,
+    depth: int | None = None,
+    drop_path: float = 0.0,
 ) -> VideoMAE:
     """Build the encoder of `name`; ValueError if weights are unreachable or leave a key unfilled or unused.
 
-    weights: None (random, `name` contains "small", "base" or "large"), "hub" (`name` from the hub or its local cache) or
-    a folder in transformers' form. num_frames and image_size may differ from the checkpoint's: positions are sines.
+    weights: None (random, `name` contains "small", "base" or "large"), "hub" (`name`, from the hub or its cache) or a
+    folder in transformers' form. num_frames and image_size may differ from the checkpoint's: positions are sines.
     """
     if weights is None:
         return VideoMAE(VideoMAEModel(_config(name, num_frames, image_size, depth)), drop_path=drop_path)
@@ -89,7 +95,7 @@ def build_videomae(
     unused = [key for key in info["unexpected_keys"] if not key.removeprefix("videomae.").startswith(IGNORED)]
     problems = [*info["missing_keys"], *unused, *info["mismatched_keys"]]
     if problems:
-        raise ValueError(f"{source!r} does not fill VideoMAE exactly: {problems[:6]} ({len(problems)} missing or unused)")
+        raise ValueError(f"{source!r} does not fill VideoMAE: {len(problems)} keys missing or unused: {problems[:6]}")
     return VideoMAE(model, drop_path=drop_path)
 
 

@@ -2,8 +2,8 @@
 
     python -m <task>.train ROW [--method dr2net] [--seed 1] [--any.field value ...]
 
-`--method` picks the same row with another finetuning method, name included; `--seed` is short for `--run.seed`. Every other
-field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them.
+`--method` picks the same row with another finetuning method, name included; `--seed` is short for `--run.seed`. Every
+other field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def with_method(name: str, method: str) -> str:
 
 
 def config_of_checkpoint(folder: Path, kind: type[C]) -> C:
-    """The Config with which a checkpoint was trained. FileNotFoundError without one; ValueError if it is of another task."""
+    """The Config with which a checkpoint was trained. FileNotFoundError if none, ValueError if of another task."""
     state = read_state(folder)
     try:
         return _from_json(kind, state["config"])
@@ -65,7 +65,7 @@ def config_of_checkpoint(folder: Path, kind: type[C]) -> C:
 
 
 def _from_json(kind: Any, value: Any) -> Any:
-    """Rebuild dataclasses, paths and tuples, which JSON keeps as objects, strings and lists; unknown or missing keys raise."""
+    """Rebuild dataclasses, paths and tuples, which JSON keeps as objects, strings and lists; other keys raise."""
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
