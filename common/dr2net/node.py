@@ -69,7 +69,7 @@ class Node:
         with ExitStack() as stack:
             # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not for
             # it
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, _without_graph))
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
                 stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
@@ -211,8 +211,9 @@ def autocast_is_on(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _without_graph(tensor: Tensor) -> Tensor:
+    """An operator that saves its own output (attention does) would through that output keep itself alive, for ever."""
+    return tensor.detach()
 
 
 def _modules_with_buffers(branch: Branch) -> list[nn.Module]:
