@@ -1,5 +1,6 @@
 """The planner: predicted equals measured, the split adds up, and nothing of the user's is left changed."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -59,7 +60,7 @@ def test_predicted_peak_is_the_measured_one(build, method: str, precision: torch
     apply(method, model)
     step = training_step(model, None, shape, precision)
     predicted, measured = predict(step, model), measure(step, model)
-    assert measured.activations > 4 * measured.parameters, "the case must be about activations"
+    assert measured.activations > measured.parameters + measured.gradients, "the case must be about activations"
     assert predicted.peak == pytest.approx(measured.peak, rel=RELATIVE)
     assert predicted.activations == pytest.approx(measured.activations, rel=RELATIVE)
 
@@ -217,3 +218,18 @@ def test_largest_input_is_found_in_few_tries(peak: Callable[[int], int], expecte
 def test_bytes_are_written_with_a_unit() -> None:
     assert format_bytes(3 << 29) == "1.50 GiB"
     assert format_bytes(1 << 19) == "0.5 MiB"
+
+
+@pytest.mark.parametrize("method", ["float", "exact"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nothing_of_a_step_stays_alive_until_the_next(method: str) -> None:
+    model, shape = small_vit()  # its attention saves its own output, which once kept itself alive
+    apply(method, model)
+    alive: list[weakref.ref] = []
+    handles = [
+        block.attn.qkv.register_forward_hook(lambda *a: alive.append(weakref.ref(a[2]))) for block in model.blocks
+    ]
+    training_step(model, None, (1, *shape[1:]), torch.float32)()
+    assert len(handles) < len(alive) and not [reference for reference in alive if reference() is not None]
+    first = measure(training_step(model, None, shape, torch.float32), model)
+    assert measure(training_step(model, None, shape, torch.float32), model).peak == first.peak
