@@ -35,7 +35,7 @@ MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives
 class Data:
     """The data set and what is done to its clips. The defaults change nothing at random but the choice of frames."""
 
-    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout, see `read_entries`
+    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout, see `find_videos`
     root: Path = Path("data/motion")
     num_classes: int = 12  # must be what the label file has
     num_frames: int = 16  # T of a clip
@@ -76,6 +76,15 @@ class Entry(NamedTuple):
 
 def class_names(data: Data) -> list[str]:
     """The name of each class, by index. ValueError where the label file is odd or has not `num_classes` classes."""
+    file, names = read_class_names(data)
+    if len(names) != data.num_classes:
+        found = f"{file}: has {len(names)} classes, the configuration says {data.num_classes}"
+        raise ValueError(f"{found}; set --data.num-classes {len(names)}")
+    return names
+
+
+def read_class_names(data: Data) -> tuple[Path, list[str]]:
+    """Where the class names stand, and the names by index, however many."""
     root = Path(data.root)
     if data.kind == "ssv2":
         file = root / "something-something-v2-labels.json"
@@ -93,23 +102,21 @@ def class_names(data: Data) -> list[str]:
         names = sorted({row["label"] for row in _load_csv(file, data.kind)})
         if data.kind == "csv" and all(name.isdigit() for name in names):  # the classes are numbered already
             names = [str(i) for i in range(max(map(int, names)) + 1)]
-    if len(names) != data.num_classes:
-        found = f"{file}: has {len(names)} classes, the configuration says {data.num_classes}"
-        raise ValueError(f"{found}; set --data.num-classes {len(names)}")
-    return names
+    return file, names
 
 
-def read_entries(data: Data, split: Split) -> list[Entry]:
-    """All videos of a split, in the order of the annotation file. Files are not opened.
+def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]:
+    """The annotation file of a split, the videos in its order, and the names of those that are not on disk.
+
+    Files are not opened.
 
     ssv2      20bn-something-something-v2/<id>.webm or .mp4 beside something-something-v2-{train,validation,labels}.json
     kinetics  train.csv, val.csv (label,youtube_id,time_start,time_end,split) beside train/ and val/ with
-              <id>_<start, 6 digits>_<end, 6 digits>.mp4, directly or in folders
+              <id>_<start, 6 digits>_<end, 6 digits>.mp4, directly or in folders; replacement/ takes precedence
     folder    train/<class>/<video>, val/<class>/<video>
     csv       train.csv, val.csv with lines `path,label` (no header), paths relative to the root
 
-    Raises ValueError naming file and entry for an unknown label. A missing file is an error, or with on_broken="skip"
-    left out with a warning.
+    Raises ValueError naming file and entry for an unknown label.
     """
     root, indices = Path(data.root), {name: i for i, name in enumerate(class_names(data))}
     short = "train" if split == "train" else "val"
@@ -134,8 +141,9 @@ def read_entries(data: Data, split: Split) -> list[Entry]:
             add(source, item["id"], path, item["template"].replace("[", "").replace("]", ""))
     elif data.kind == "kinetics":
         source = root / f"{short}.csv"
+        tops = (root / short, root / "replacement")
         files = {
-            file: os.path.join(folder, file) for folder, _, found in os.walk(root / short) for file in sorted(found)
+            file: os.path.join(folder, file) for top in tops for folder, _, found in os.walk(top) for file in found
         }
         for row in _load_csv(source, data.kind):
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
@@ -149,20 +157,26 @@ def read_entries(data: Data, split: Split) -> list[Entry]:
         for row in _load_csv(source, data.kind):
             path = root / row["path"]
             add(source, row["path"], str(path) if path.is_file() else None, row["label"])
+    return source, entries, missing
+
+
+def read_entries(data: Data, split: Split) -> list[Entry]:
+    """The videos of a split. Missing ones are an error, or with on_broken="skip" left out with a warning."""
+    source, entries, missing = find_videos(data, split)
     if missing:
         total = len(missing) + len(entries)
-        message = f"{source}: {len(missing)} of {total} videos are not below {root}: {', '.join(missing[:20])}"
+        message = f"{source}: {len(missing)} of {total} videos are not below {data.root}: {', '.join(missing[:20])}"
         if data.on_broken == "raise":
             remedy = "run `python -m action_recognition.prepare`, or leave them out with --data.on-broken skip"
             raise FileNotFoundError(f"{message}; {remedy}")
         warnings.warn(f"{message}; left out", stacklevel=2)
     if not entries:
-        raise ValueError(f"{source}: no videos; check --data.root {root}")
+        raise ValueError(f"{source}: no videos; check --data.root {data.root}")
     return entries
 
 
 class Clips:
-    """Samples by key (index, draw). In training a list of `repeats` samples, in evaluation a list of one; see `collate`."""
+    """Samples by key (index, draw): in training a list of `repeats` samples, in evaluation of one; see `collate`."""
 
     def __init__(self, data: Data, split: Split, *, train: bool, segments: int = 1, crops: int = 1) -> None:
         self.data, self.train, self.segments, self.crops = data, train, segments, crops

@@ -1,0 +1,218 @@
+"""Check a data set, write a composed one, or download what can be downloaded.
+
+    python -m action_recognition.prepare --tiny                                # 12 motions, real mp4 files, in
+    data/motion python -m action_recognition.prepare --tiny --variant shapes   # the pretraining task, in
+    data/shapes python -m action_recognition.prepare --kind ssv2 --root data/ssv2          # counts, names what is
+    missing; --probe opens all python -m action_recognition.prepare --kind kinetics --root data/kinetics400 --download
+
+The exit status is 0 only if everything is there. Something-Something v2 needs a licence, so `--download` says what to
+request.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, get_args
+
+from action_recognition.compose import STAMP, VIDEO_FOLDER, Composition, write_contact_sheet, write_dataset
+from action_recognition.data import Data, Split, find_videos, read_class_names
+from dr2net.training.download import download, extract, free_bytes
+from dr2net.training.video import BrokenVideo, probe, read_frames
+
+KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
+KINETICS_BYTES = {"train": 400 << 30, "val": 48 << 30}  # about; the mirror publishes neither sizes nor checksums
+SSV2_COUNTS = {"classes": 174, "train": 168_913, "validation": 24_777, "videos": 220_847}
+SSV2_LICENCE = """\
+Something-Something v2 (about 20 GB) is given out by Qualcomm under a licence for research. What remains for you to do:
+  1. Open https://www.qualcomm.com/developer/software/something-something-v-2-dataset, sign in, accept the licence.
+  2. Download 20bn-something-something-v2-00, 20bn-something-something-v2-01 and
+     20bn-something-something-download-package-labels.zip into {root}/archives.
+  3. Run: bash scripts/download_ssv2.sh {root}
+     It unpacks them, brings the label files to their names, and checks the counts."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """See the module's docstring."""
+
+    root: Path | None = None  # default: data/motion, data/shapes, data/ssv2 or data/kinetics400
+    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout to check or download
+    tiny: bool = False  # write the composed data set of `composition`
+    composition: Composition = field(default_factory=Composition)
+    sheet: Path | None = None  # with tiny: also write a contact sheet of all classes (PNG) here
+    probe: bool = False  # open every file: slow, finds damaged ones
+    download: bool = False  # Kinetics-400: fetch the mirror's lists and archives; SSv2: say what to request
+    mirror: str = KINETICS_MIRROR
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")  # of Kinetics-400 to download
+    dry_run: bool = False  # with download: say what would be fetched
+    workers: int = 2  # processes for composing and probing
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found: counts by name, and one sentence per problem."""
+
+    counts: dict[str, int]
+    problems: list[str]
+
+
+def check(data: Data, *, workers: int = 2, open_files: bool = False) -> Check:
+    """Count classes, entries and videos; for Something-Something v2 compare with the official numbers.
+
+    Full lists of what is missing or damaged go to missing_<split>.txt and damaged_<split>.txt in the root.
+    """
+    root = Path(data.root)
+    file, names = read_class_names(data)
+    counts, problems = {"classes": len(names)}, []
+    data = Data(kind=data.kind, root=root, num_classes=len(names))
+    for split in get_args(Split):
+        source, entries, missing = find_videos(data, split)
+        counts[split] = len(entries) + len(missing)
+        _report(
+            problems, missing, root / f"missing_{split}.txt", f"{source.name}: of {counts[split]} videos are missing"
+        )
+        if open_files:
+            damaged = [line for line in _probe_all([entry.path for entry in entries], workers, split) if line]
+            _report(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
+    if data.kind == "ssv2":
+        videos = root / VIDEO_FOLDER
+        counts["videos"] = sum(path.suffix in (".webm", ".mp4") for path in videos.iterdir()) if videos.is_dir() else 0
+        if not (root / STAMP).is_file():
+            for name, expected in SSV2_COUNTS.items():
+                if counts[name] != expected:
+                    problems.append(f"{name}: {counts[name]} instead of the official {expected}")
+    return Check(counts, problems)
+
+
+def download_kinetics(
+    root: Path, *, mirror: str = KINETICS_MIRROR, splits: Iterable[str] = ("train", "val"), dry_run: bool = False
+) -> list[str]:
+    """Annotations, then every archive of the mirror's lists, unpacked into <root>/<split>; what is done is skipped.
+
+    An archive is removed once unpacked; an empty file in <root>/.done remembers it. Integrity rests on the length that
+    the server announces and on gzip's own checksum, since the mirror publishes none. Returns the addresses handled
+    now.
+    """
+    root, done, handled = Path(root), Path(root) / ".done", []
+    for split in splits:
+        listing = f"k400_{split}_path.txt"
+        if dry_run:
+            print(f"would fetch {mirror}/annotations/{split}.csv and the archives of {mirror}/{split}/{listing}")
+            print(f"  about {KINETICS_BYTES[split] >> 30} GiB; {free_bytes(root) >> 30} GiB are free at {root}")
+            continue
+        download(f"{mirror}/annotations/{split}.csv", root / f"{split}.csv")
+        urls = download(f"{mirror}/{split}/{listing}", root / listing).read_text().split()
+        targets = [(url, root / split) for url in urls]
+        if split == "train":
+            targets.append((f"{mirror}/replacement_for_corrupted_k400.tgz", root / "replacement"))
+        for number, (url, folder) in enumerate(targets, start=1):
+            name = url.rsplit("/", 1)[-1]
+            mark = done / f"{folder.name}-{name}"
+            if mark.exists():
+                continue
+            archive = download(url, root / "archives" / f"{folder.name}-{name}")
+            print(f"{split} {number}/{len(targets)}: {len(extract(archive, folder))} files from {name}")
+            done.mkdir(exist_ok=True)
+            mark.touch()
+            archive.unlink()
+            handled.append(url)
+    return handled
+
+
+def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
+    """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
+    total = composition.num_train + composition.num_validation
+    with _bar(f"composing {root}", total) as advance:
+        written = write_dataset(root, composition, workers=workers, on_clip=advance)
+    state = "written" if written else "complete already"
+    print(f"{root}: {total} clips in {len(composition.templates())} classes, {state}")
+
+
+def main(arguments: Arguments) -> int:
+    """Do what is asked; returns the exit status."""
+    defaults = {"kinetics": Path("data/kinetics400"), "ssv2": Path("data/ssv2")}
+    if arguments.tiny:
+        root = arguments.root or Path("data") / arguments.composition.variant
+        compose(root, arguments.composition, workers=arguments.workers)
+        if arguments.sheet is not None:
+            write_contact_sheet(arguments.sheet, arguments.composition)
+        return 0
+    root = arguments.root or defaults.get(arguments.kind)
+    if root is None:
+        raise ValueError(f"say where the videos are: --kind {arguments.kind} --root FOLDER")
+    if arguments.download:
+        if arguments.kind == "kinetics":
+            download_kinetics(root, mirror=arguments.mirror, splits=arguments.splits, dry_run=arguments.dry_run)
+        elif arguments.kind == "ssv2":
+            print(SSV2_LICENCE.format(root=root))
+        else:
+            raise ValueError(f"--download: there is nothing to download for --kind {arguments.kind}")
+        if arguments.dry_run or arguments.kind == "ssv2":
+            return 0
+    try:
+        found = check(Data(kind=arguments.kind, root=root), workers=arguments.workers, open_files=arguments.probe)
+    except FileNotFoundError as error:
+        print(error)
+        if arguments.kind == "ssv2":
+            print(SSV2_LICENCE.format(root=root))
+        return 1
+    print(f"{root}: " + ", ".join(f"{count} {name}" for name, count in found.counts.items()))
+    for problem in found.problems:
+        print(f"  {problem}")
+    print("  complete" if not found.problems else f"  {len(found.problems)} problems")
+    return int(bool(found.problems))
+
+
+def _report(problems: list[str], names: list[str], file: Path, what: str) -> None:
+    """Add one sentence with the first 20 names; all of them go to `file`, which is removed when there are none."""
+    if not names:
+        file.unlink(missing_ok=True)
+        return
+    file.write_text("\n".join(names) + "\n")
+    first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    problems.append(f"{len(names)} {what} (full list: {file}): {first}")
+
+
+def _probe_all(paths: list[str], workers: int, split: str) -> list[str]:
+    with _bar(f"opening {split}", len(paths)) as advance:
+        if workers <= 1:
+            return [_after(_probe_one(path), advance) for path in paths]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return [_after(line, advance) for line in pool.map(_probe_one, paths, chunksize=32)]
+
+
+def _after(line: str, advance: Callable[[], None]) -> str:
+    advance()
+    return line
+
+
+def _probe_one(path: str) -> str:
+    """The problem with a file, or nothing. Walks all packets and decodes the last frame."""
+    try:
+        read_frames(path, [probe(path).num_frames - 1])
+    except (BrokenVideo, OSError) as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _bar(title: str, total: int):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        sys.exit(main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"prepare: {error}")
