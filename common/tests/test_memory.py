@@ -227,7 +227,8 @@ def test_nothing_of_a_step_stays_alive_until_the_next(method: str) -> None:
     apply(method, model)
     alive: list[weakref.ref] = []
     handles = [
-        block.attn.qkv.register_forward_hook(lambda *a: alive.append(weakref.ref(a[2]))) for block in model.blocks
+        block.attn.qkv.register_forward_hook(lambda *a: alive.append(weakref.ref(a[2].untyped_storage())))
+        for block in model.blocks
     ]
     training_step(model, None, (1, *shape[1:]), torch.float32)()
     assert len(handles) < len(alive) and not [reference for reference in alive if reference() is not None]
