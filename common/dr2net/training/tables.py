@@ -1,0 +1,223 @@
+"""Tables and figures from Records; every number shown comes from a file in `results/`, an empty cell is a dash.
+
+    write_all(Path("results"))    # results/README.md and results/<task>/<group>.png
+    print_table(records)          # the same rows in the terminal
+
+A group is the rows that differ only in their method: `motion_vits_conventional`, `motion_vits_dr2net`, ... Metrics are
+mean and standard deviation over seeds (n - 1 below the root).
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dr2net.training.config import METHODS
+from dr2net.training.results import Record, read_records
+
+DASH = "-"
+MIB = 2**20
+COLUMNS = ("row", "{metric}", "peak MiB", "activations MiB", "s/step", "gradient error", "seeds", "status")
+STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; shapes for print
+    "conventional": ("#000000", "o"),
+    "frozen": ("#56B4E9", "s"),
+    "checkpointed": ("#E69F00", "^"),
+    "reversible": ("#D55E00", "D"),
+    "dr2net": ("#009E73", "*"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: the runs of one row of the task, summarised over seeds. None: not measured."""
+
+    row: str
+    method: str
+    status: str
+    num_seeds: int
+    metric: str | None  # name of the first metric
+    mean: float | None
+    std: float | None  # None with one seed
+    peak: float | None  # bytes, largest over seeds
+    activations: float | None
+    predicted: bool  # memory from the planner, not from a run
+    step_seconds: float | None
+    gradient_error: float | None  # largest that the guard saw
+
+
+def summarise(runs: list[Record]) -> Line:
+    """The Line of the runs of one row."""
+    first = runs[0]
+    metric = next(iter(first.metrics), None)
+    values = [run.metrics[metric] for run in runs] if metric is not None else []
+    peaks = [run.memory for run in runs if run.memory]
+    heaviest = max(peaks, key=lambda memory: memory["peak"]) if peaks else None
+    steps = [run.seconds["step"] for run in runs if "step" in run.seconds]
+    errors = [entry["error"] for run in runs for entry in run.guard]
+    return Line(
+        row=first.row,
+        method=first.method,
+        status=first.status,
+        num_seeds=len(values),
+        metric=metric,
+        mean=statistics.fmean(values) if values else None,
+        std=statistics.stdev(values) if len(values) > 1 else None,
+        peak=heaviest["peak"] if heaviest else None,
+        activations=heaviest["activations"] if heaviest else None,
+        predicted=bool(heaviest) and heaviest["source"] == "predicted",
+        step_seconds=statistics.median(steps) if steps else None,
+        gradient_error=max(errors) if errors else None,
+    )
+
+
+def group_lines(records: list[Record]) -> dict[str, list[Line]]:
+    """Lines by group, methods in their usual order."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record.row, []).append(record)
+    groups: dict[str, list[Line]] = {}
+    for row, runs in rows.items():
+        groups.setdefault(row.removesuffix(f"_{runs[0].method}"), []).append(summarise(runs))
+    order = {method: place for place, method in enumerate(METHODS)}
+    return {name: sorted(lines, key=lambda line: order[line.method]) for name, lines in sorted(groups.items())}
+
+
+def cells(line: Line) -> list[str]:
+    """The texts of a line, in the order of COLUMNS."""
+    mark = " (predicted)" if line.predicted else ""
+    metric = DASH
+    if line.mean is not None:
+        metric = f"{line.mean:.1f}" + (f" ± {line.std:.1f}" if line.std is not None else "")
+    return [
+        line.row,
+        metric,
+        DASH if line.peak is None else mebibytes(line.peak) + mark,
+        DASH if line.activations is None else mebibytes(line.activations) + mark,
+        DASH if line.step_seconds is None else f"{line.step_seconds:.3g}",
+        DASH if line.gradient_error is None else f"{line.gradient_error:.1e}",
+        str(line.num_seeds) if line.num_seeds else DASH,
+        line.status,
+    ]
+
+
+def mebibytes(size: float) -> str:
+    """Bytes in MiB with at least three digits."""
+    return f"{size / MIB:,.0f}" if size >= 100 * MIB else f"{size / MIB:.3g}"
+
+
+def headers(lines: list[Line]) -> list[str]:
+    """Column titles; the metric's column has its name."""
+    metric = next((line.metric for line in lines if line.metric), "metric")
+    return [column.format(metric=metric) for column in COLUMNS]
+
+
+def print_table(records: list[Record], console: Console | None = None) -> None:
+    """The tables of a task on the terminal, one per group."""
+    console = console or (Console() if sys.stdout.isatty() else Console(width=120))
+    if not records:
+        console.print("no Records yet: train the rows, then publish them")
+    for group, lines in group_lines(records).items():
+        table = Table(title=group, box=box.SIMPLE_HEAD)
+        table.add_column("method")
+        for title in headers(lines)[1:]:
+            table.add_column(title, justify="right")
+        for line in lines:
+            table.add_row(line.method, *cells(line)[1:])
+        console.print(table)
+
+
+def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def readme(results: Path) -> str:
+    """The text of results/README.md."""
+    published = json.loads((results / "published.json").read_text())
+    folders = {path.name for path in results.iterdir() if path.is_dir()}
+    parts = [
+        "# Results",
+        "Generated by `python -m dr2net.training.results table <task>` from the Records in this folder; do not edit.",
+        "Metrics: mean ± standard deviation over seeds. Memory: peak bytes of live tensors in one optimizer step at "
+        'the row\'s micro batch, on the device of the Record; "predicted" is counted with fake tensors, without a '
+        "run. Gradient error: largest relative error of the reversible gradient against stored activations that "
+        "the guard measured; a dash for methods that do not invert. Status: `tiny` and `partial` rows are not "
+        "comparable with published numbers; `not run` rows were only planned.",
+    ]
+    for task in [*published["tasks"], *sorted(folders - published["tasks"].keys())]:
+        parts.append(f"## {task}")
+        groups = group_lines(read_records(task, results))
+        if not groups:
+            parts.append("No Records yet.")
+        for group, lines in groups.items():
+            parts.append(f"### {group}")
+            parts.append(markdown_table(headers(lines), [cells(line) for line in lines]))
+            if has_figure(lines):
+                parts.append(f"![{group}: metric against peak memory]({task}/{group}.png)")
+        if task in published["tasks"]:
+            parts += ["### Published by others", published_table(published["tasks"][task])]
+    return "\n\n".join(parts) + "\n"
+
+
+def published_table(entries: list[dict[str, Any]]) -> str:
+    """The quotable numbers of others; a dash where none is available."""
+    titles = ["data", "model", "metric", "value", "memory", "source"]
+    return markdown_table(titles, [[entry[title] or DASH for title in titles] for entry in entries])
+
+
+def has_figure(lines: list[Line]) -> bool:
+    """Whether at least two methods of a group were trained."""
+    return sum(line.mean is not None and line.peak is not None for line in lines) > 1
+
+
+def draw(group: str, lines: list[Line], path: Path) -> None:
+    """Metric against peak memory of the trained rows of a group, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    trained = [line for line in lines if line.mean is not None and line.peak is not None]
+    for line in trained:
+        colour, marker = STYLES[line.method]
+        axes.errorbar(
+            line.peak / MIB,
+            line.mean,
+            yerr=line.std,
+            color=colour,
+            marker=marker,
+            markersize=11 if marker == "*" else 7,
+            capsize=3,
+            linestyle="none",
+            label=f"{line.method}  {line.mean:.1f}, {mebibytes(line.peak)} MiB",
+        )
+    seeds = max(line.num_seeds for line in trained)
+    spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
+    axes.set_title(f"{group}{spread}", fontsize=10, loc="left")
+    axes.set_xlabel("peak memory of a training step (MiB)")
+    axes.set_ylabel(headers(trained)[1])
+    axes.set_xlim(left=0)
+    axes.margins(x=0.08, y=0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, numpoints=1)
+    figure.savefig(path)
+
+
+def write_all(results: Path) -> list[Path]:
+    """Draw every group that was trained and regenerate README.md; returns the files written."""
+    written = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        for group, lines in group_lines(read_records(folder.name, results)).items():
+            if has_figure(lines):
+                written.append(folder / f"{group}.png")
+                draw(group, lines, written[-1])
+    written.append(results / "README.md")
+    written[-1].write_text(readme(results))
+    return written
