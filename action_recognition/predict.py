@@ -1,0 +1,136 @@
+"""What is done in a video file: a trained network's top-5 classes, as a contact sheet and an annotated copy.
+
+    python -m action_recognition.predict runs/action_recognition/motion_tiny_dr2net/seed0 clip.mp4 --output predictions
+
+writes predictions/clip.png (the frames the network saw, and the probabilities) and predictions/clip.mp4. Probabilities
+are averaged over the test views of the row, as in evaluation. Not here: streaming, localisation in time.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from action_recognition.configs import Config
+from action_recognition.data import Data, class_names
+from action_recognition.evaluate import autocast, load_recognizer
+from action_recognition.head import merge_views
+from dr2net.training import clips
+from dr2net.training.video import probe, read_frames, write_video
+
+BAR_COLOUR, TRACK_COLOUR = (66, 110, 180), (225, 229, 236)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
+    parser.add_argument("video", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("predictions"))
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, model = load_recognizer(arguments.run, device)
+    for path in predict(config, model, arguments.video, arguments.output):
+        print(path)
+
+
+def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tuple[Path, Path]:
+    """Print the top-5 and write the contact sheet and the annotated video; returns their paths.
+
+    Raises FileNotFoundError for a missing file, dr2net.training.video.BrokenVideo for one that cannot be decoded.
+    """
+    names = class_names(config.data)
+    info = probe(video)
+    probabilities = classify(config, model, video)
+    top = [(names[k], float(probabilities[k])) for k in probabilities.topk(min(5, len(names))).indices.tolist()]
+    for name, probability in top:
+        print(f"{probability:6.1%}  {name}")
+    output.mkdir(parents=True, exist_ok=True)
+    sheet, annotated = output / f"{video.stem}.png", output / f"{video.stem}.mp4"
+    seen = read_frames(video, clips.segment_indices(info.num_frames, config.data.num_frames, None, 0, 1))
+    draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(sheet)
+    # write beside, never onto, the input
+    if annotated.resolve() == video.resolve():
+        annotated = annotated.with_stem(f"{video.stem}_annotated")
+    frames = read_frames(video, np.arange(info.num_frames))
+    write_video(annotated, annotate(frames, top), info.fps)
+    return sheet, annotated
+
+
+def classify(config: Config, model: nn.Module, video: Path) -> Tensor:
+    """Probabilities (K,) of a video, the mean over the row's test views."""
+    device = next(model.parameters()).device
+    views = read_views(config.data, video).to(device)
+    with torch.no_grad(), autocast(config, device):
+        logits = torch.cat([model({"video": view})["logits"].float() for view in views.split(config.run.micro_batch)])
+    return merge_views(logits.softmax(dim=-1).cpu())
+
+
+def read_views(data: Data, video: Path) -> Tensor:
+    """(test_segments * test_crops, 3, T, H, W), normalised, as `data.Clips` makes them in the final test."""
+    info = probe(video)
+    views = []
+    for segment in range(data.test_segments):
+        if data.sampling == "segments":
+            indices = clips.segment_indices(info.num_frames, data.num_frames, None, segment, data.test_segments)
+        else:
+            timing = (info.timestamps, info.seconds, data.num_frames, data.stride)
+            indices = clips.dense_indices(*timing, None, segment, data.test_segments)
+        clip = torch.from_numpy(read_frames(video, indices)).permute(0, 3, 1, 2)
+        for crop in range(data.test_crops):
+            cropped = clips.view_crop(clip, data.image_size, crop, data.test_crops)
+            views.append(clips.normalise(cropped, data.mean, data.std))
+    return torch.stack(views)
+
+
+def draw_contact_sheet(frames: np.ndarray, top: list[tuple[str, float]], *, title: str, columns: int = 8):
+    """A PIL image: frames uint8 (T, H, W, 3) in reading order, below them a bar per class with its probability."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell_width = 144
+    cell_height = round(cell_width * frames.shape[1] / frames.shape[2])
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+    width = max(columns * (cell_width + 4) + 12, 640)
+    bars_top = 34 + rows * (cell_height + 4) + 8
+    sheet = Image.new("RGB", (width, bars_top + 26 * len(top) + 8), (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw.text((8, 8), title, fill=(20, 20, 20), font=font)
+    for index, frame in enumerate(frames):
+        row, column = divmod(index, columns)
+        cell = Image.fromarray(frame).resize((cell_width, cell_height), Image.Resampling.BICUBIC)
+        sheet.paste(cell, (8 + column * (cell_width + 4), 34 + row * (cell_height + 4)))
+    text_width = max(int(draw.textlength(name, font=font)) for name, _ in top)
+    left = min(8 + text_width + 12, width // 2)
+    for index, (name, probability) in enumerate(top):
+        y = bars_top + 26 * index
+        draw.text((8, y + 2), name, fill=(20, 20, 20), font=font)
+        draw.rectangle((left, y, width - 76, y + 20), fill=TRACK_COLOUR)
+        draw.rectangle((left, y, left + (width - 76 - left) * probability, y + 20), fill=BAR_COLOUR)
+        draw.text((width - 68, y + 2), f"{probability:.1%}", fill=(20, 20, 20), font=font)
+    return sheet
+
+
+def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int = 480) -> np.ndarray:
+    """Frames (T, H, W, 3), enlarged to `min_width` if smaller, with the three best classes below; even height, width."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    scale = max(1.0, min_width / frames.shape[2])
+    width, height = (2 * round(scale * side / 2) for side in (frames.shape[2], frames.shape[1]))
+    font = ImageFont.load_default(16)
+    caption = Image.new("RGB", (width, 24 * len(top[:3]) + 8), (20, 20, 20))
+    draw = ImageDraw.Draw(caption)
+    for index, (name, probability) in enumerate(top[:3]):
+        draw.rectangle((0, 24 * index + 5, width * probability, 24 * index + 25), fill=BAR_COLOUR)
+        draw.text((8, 24 * index + 5), f"{probability:6.1%}  {name}", fill=(255, 255, 255), font=font)
+    result = np.empty((len(frames), height + caption.height, width, 3), np.uint8)
+    result[:, height:] = np.asarray(caption)
+    for index, frame in enumerate(frames):
+        result[index, :height] = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+    return result
+
+
+if __name__ == "__main__":
+    main()
