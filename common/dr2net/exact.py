@@ -74,7 +74,8 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float stream -> (integers, grid, largest magnitude in grid units; NaN where x has one)."""
     bits = PRECISION_BITS[x.dtype]
     mean_square = x.detach().flatten(1).square().mean(1) if x.numel() else x.new_ones(len(x))
-    scale = mean_square.clamp(min=1e-20).sqrt()
+    # finite, so that huge values are found to overflow instead of rounding to zero
+    scale = mean_square.clamp(min=1e-20, max=torch.finfo(x.dtype).max).sqrt()
     power_of_two = (scale.view(INTEGER[x.dtype]) & EXPONENT[x.dtype]).view(x.dtype)  # the mantissa's bits cleared
     grid = (power_of_two * 2.0**-bits).reshape(len(x), *[1] * (x.dim() - 1))
     scaled = x.detach() / grid

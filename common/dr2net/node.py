@@ -32,6 +32,7 @@ class Tape:
 
     index: int | None = None  # of the node the streams below are for
     streams: tuple[Tensor, ...] = ()  # float: (x_i, x_{i-1}); exact: (n_i, n_{i-1}, grid)
+    owned: bool = False  # the first of them is nobody else's and may be overwritten
     side: list[Tensor] = field(default_factory=list)
     checks: list[tuple[str, Tensor]] = field(default_factory=list)  # did each branch recompute the same?
 
@@ -47,11 +48,14 @@ class Node:
     alpha: float
     beta: float | Fraction
     exact: bool
+    stored: bool  # plain autograd keeps everything
     recording: bool  # False under no_grad: nothing is kept
     keeps: bool  # this node saves (x_i, x_{i-1})
     inverts: bool  # the node before it needs streams from this one
     arguments: list[Any]  # of the block after x, flattened; tensors replaced by None
     tensor_at: list[int]  # where they were
+    own_side: bool  # they are not those of the run's first block, so this node saves them
+    common_side: list[Tensor]  # those of the first block, for a node that keeps; let go of in forward
     structure: TreeSpec
     dtype: torch.dtype  # of F's input
     parameters: list[nn.Parameter]
@@ -65,11 +69,12 @@ class Node:
         for position, tensor in zip(self.tensor_at, side, strict=True):
             arguments[position] = tensor
         args, named = tree_unflatten(arguments, self.structure)
-        version = x._version
+        version = None if x.is_inference() else x._version
         with ExitStack() as stack:
-            # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not for
-            # it
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, _without_graph))
+            if not self.stored:
+                # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not
+                # for it
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, _without_graph))
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
                 stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
@@ -78,7 +83,7 @@ class Node:
             raise ValueError(
                 f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
             )
-        if x._version != version:
+        if version is not None and x._version != version:
             raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
         return f
 
@@ -94,11 +99,17 @@ class DualResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, node: Node, x, previous, n, n_previous, grid, *tensors):
         side = list(tensors[: len(node.tensor_at)])
+        own = side if node.own_side else []
+        common, node.common_side = node.common_side, []
         if node.exact and node.index == 0:
             x = exact.decode(n, grid)  # the caller's x is not on the grid yet
         device = x.device.type
-        if autocast_is_on(x):
-            node.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
+        if torch.amp.is_autocast_available(device):  # off is restored too: backward may be called inside autocast
+            node.autocast = {
+                "device_type": device,
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+            }
         states = rng.record(x) if node.recording else {}
         buffers = _buffer_versions(node.branch)
         if node.exact and node.recording:
@@ -115,8 +126,8 @@ class DualResidual(torch.autograd.Function):
             ctx.node = node
         if not node.exact:
             following = coupling.step(f, x, previous, node.alpha, node.beta)
-            if node.recording and node.keeps:
-                ctx.save_for_backward(following, x, *side)
+            if node.recording:
+                ctx.save_for_backward(*own, *((following, x, *common) if node.keeps else ()))
             return following
         q, size = exact.quantise(f, x, node.alpha, grid)
         del f, x
@@ -126,7 +137,7 @@ class DualResidual(torch.autograd.Function):
             packed = None
             if remainder is not None and node.inverts:
                 packed = exact.pack(remainder, exact.remainder_bits(node.beta))
-            ctx.save_for_backward(check, packed, *((following, n, grid, *side) if node.keeps else ()))
+            ctx.save_for_backward(check, packed, *own, *((following, n, grid, *common) if node.keeps else ()))
         ctx.mark_non_differentiable(following, size)
         return exact.decode(following, grid), following, size
 
@@ -141,11 +152,12 @@ class DualResidual(torch.autograd.Function):
         tape = node.tape
         saved = list(ctx.saved_tensors)
         check, packed = (saved.pop(0), saved.pop(0)) if node.exact else (None, None)
+        own = [saved.pop(0) for _ in node.tensor_at] if node.own_side else []
         num_streams = 3 if node.exact else 2
         if node.keeps:
             streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
         elif tape.index == node.index:
-            streams, owned = tape.streams, True
+            streams, owned = tape.streams, tape.owned
         else:
             raise RuntimeError(
                 f"backward entered a reversible sequence at branch {node.name}, before its end, where no streams are "
@@ -161,7 +173,9 @@ class DualResidual(torch.autograd.Function):
         needs = ctx.needs_input_grad[6:]
         x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
         x_in = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        side = [t.detach().requires_grad_(need) for t, need in zip(tape.side, needs, strict=False)]
+        side = [
+            t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
+        ]
         with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
             f = node.call(x_in, side)
 
@@ -176,7 +190,7 @@ class DualResidual(torch.autograd.Function):
             out = streams[0] if owned else None
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
         if node.inverts:
-            tape.index = node.index - 1
+            tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
         else:
             _verify(tape)
         del streams, saved, packed

@@ -154,6 +154,7 @@ class _Pass:
         following = self.branches[index:]
         self.length = sum(map(len, following[: next((i for i, b in enumerate(following) if not b), len(following))]))
         self.index, self.tape, self.sizes = 0, Tape(), []
+        self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
         self.x = self.previous = x if x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
@@ -184,9 +185,13 @@ class _Pass:
         flat, structure = tree_flatten((args, named))
         tensor_at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
         side = [flat[i] for i in tensor_at]
+        if self.side is None:
+            self.side = side
+        common = len(side) == len(self.side) and all(a is b for a, b in zip(side, self.side, strict=True))
         parameters = branch.parameters()
         differentiable = any(t.requires_grad for t in (self.x, self.previous, *side, *parameters))
         position = self.index
+        keeps = (position + 1) % self.every == 0 or position + 1 == self.length
         node = Node(
             tape=self.tape,
             branch=branch,
@@ -195,11 +200,14 @@ class _Pass:
             alpha=self.sequence.alpha if branch.residual else 0.0,
             beta=self.beta,
             exact=self.exact,
+            stored=self.sequence.store,
             recording=torch.is_grad_enabled() and differentiable and not self.sequence.store,
-            keeps=(position + 1) % self.every == 0 or position + 1 == self.length,
+            keeps=keeps,
             inverts=position > 0 and position % self.every != 0 and self.x.requires_grad,
             arguments=[None if isinstance(value, Tensor) else value for value in flat],
             tensor_at=tensor_at,
+            own_side=not common,
+            common_side=self.side if keeps else [],
             structure=structure,
             dtype=self.dtype,
             parameters=parameters,
@@ -236,7 +244,7 @@ class _Pass:
         """Let go of the streams, then look for an overflow: once per pass, since looking waits for the device."""
         sizes, length = self.sizes, self.length
         dtype = self.x.dtype
-        self.x = self.previous = self.n = self.n_previous = self.grid = self.output = None
+        self.x = self.previous = self.n = self.n_previous = self.grid = self.output = self.side = None
         if not sizes or isinstance(sizes[0][1], FakeTensor):
             return
         largest = exact.limit(self.beta, length, dtype)
