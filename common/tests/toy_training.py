@@ -29,6 +29,7 @@ WIDTH = 8
 class Config:
     row: str = "toy_vit_conventional"
     preset: str = "tiny"
+    dropout: float = 0.1
     finetuning: Finetuning = field(default_factory=lambda: Finetuning(method="conventional"))
     optimization: Optimization = field(
         default_factory=lambda: Optimization(
@@ -124,13 +125,14 @@ def toy_config(output: Path, changes: dict[str, Any] | None = None) -> Config:
     config = Config()
     config = replace(config, run=replace(config.run, output=output))
     for part, values in (changes or {}).items():
-        config = replace(config, **{part: replace(getattr(config, part), **values)})
+        value = replace(getattr(config, part), **values) if isinstance(values, dict) else values
+        config = replace(config, **{part: value})
     return replace(config, row=f"toy_vit_{config.finetuning.method}")
 
 
-def train(config: Config, bad: int | None = None, dropout: float = 0.1) -> Record:
+def train(config: Config, bad: int | None = None) -> Record:
     engine.set_seed(config.run.seed)
-    return engine.fit(config, Toy(dropout=dropout), criterion, build_loaders(config, bad=bad), evaluate)
+    return engine.fit(config, Toy(dropout=config.dropout), criterion, build_loaders(config, bad=bad), evaluate)
 
 
 if __name__ == "__main__":
