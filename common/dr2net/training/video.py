@@ -1,10 +1,12 @@
 """Read and write video files: `probe`, `read_frames`, `write_video`.
 
 PyAV walks the packets first (no decoding): that finds files that are no video, have no frames or are cut short, and
-gives the presentation time of each frame. Then decord decodes, because it is the quicker reader; it never sees a
-broken file, on which 0.6.0 may retry for minutes. Codecs it cannot decode (AV1), files whose frames it counts
-differently, and files on which it fails are decoded by PyAV. A frame's index is its rank by presentation time, in both
-readers. Not a streaming reader: one call opens, reads and closes, so that nothing is shared between worker processes.
+gives the presentation time of each frame. Then decord decodes, because it is the quicker reader, where it is known to
+be right. Version 0.6.0 silently returns wrong frames where decoding cannot start afresh at each key frame (open GOP, as
+x265 makes by default), from AVI and from MPEG-4 part 2, as clips whose frames encode their index showed; it cannot read
+AV1; on broken files it may retry for minutes. In all those cases PyAV decodes. A frame's index is its rank by
+presentation time, in both readers. Not a streaming reader: one call opens, reads and closes, so that nothing is shared
+between worker processes.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from av import Packet
     from av.container import InputContainer
 
 # What decord 0.6.0 decodes rightly; anything else goes to PyAV straight away.
-DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
+DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
 
 
 class BrokenVideo(ValueError):
@@ -42,6 +45,15 @@ class VideoInfo:
     timestamps: tuple[float, ...]  # (num_frames,) start of each frame in seconds, the first at 0
 
 
+@dataclass(frozen=True)
+class _Order:
+    """How the frames of a file are found."""
+
+    pts: list[int]  # (num_frames,) presentation times in stream units, ascending
+    timed: bool  # the container's presentation times can be trusted; else frames are counted from the beginning
+    closed: bool  # decoding can start afresh at each key frame
+
+
 def probe(path: Path | str) -> VideoInfo:
     """Describe a video without decoding it. Raises FileNotFoundError, or BrokenVideo if it is no complete video."""
     info, _ = _walk_packets(path)
@@ -54,15 +66,15 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
     Returns uint8 (T, H, W, 3), RGB. Raises FileNotFoundError, BrokenVideo, or ValueError for an index outside it.
     """
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-    info, pts = _walk_packets(path)
+    info, order = _walk_packets(path)
     if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= info.num_frames:
         have = f"has frames 0 to {info.num_frames - 1}"
         raise ValueError(f"{path}: {have}, asked for {wanted.tolist()}; sample inside the video")
-    if info.codec in DECORD_CODECS:
+    if info.codec in DECORD_CODECS and order.timed and order.closed:
         frames = _read_decord(path, wanted, info)
         if frames is not None:
             return frames
-    return _read_av(path, wanted, pts)
+    return _read_av(path, wanted, order)
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 18) -> None:
@@ -97,7 +109,9 @@ def _import(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"reading video needs {name}; install it with: pip install 'dr2net[action_recognition]'") from error
+        raise ImportError(
+            f"reading video needs {name}; install it with: pip install 'dr2net[action_recognition]'"
+        ) from error
 
 
 def _open(path: Path | str) -> "InputContainer":
@@ -114,20 +128,30 @@ def _open(path: Path | str) -> "InputContainer":
     return container
 
 
-def _walk_packets(path: Path | str) -> tuple[VideoInfo, list[int]]:
-    """The info, and the presentation times (in stream units) of the frames that will be shown, ascending."""
+def _walk_packets(path: Path | str) -> tuple[VideoInfo, _Order]:
+    """What the packets of the frames that will be shown tell, without decoding."""
     av = _import("av")
     with _open(path) as container:
         stream = container.streams.video[0]
-        times, durations, size = [], [], 0
+        context = stream.codec_context
+        times, durations, latest_key, timed, closed = [], [], None, "avi" not in container.format.name, True
         try:
             for packet in container.demux(stream):
-                if packet.size and packet.pts is not None and not packet.is_discard:
-                    times.append(packet.pts)
-                    durations.append(packet.duration or 0)
-                    if packet.is_corrupt:
-                        raise BrokenVideo(path, f"is cut short or damaged at frame {len(times) - 1}")
-                size += packet.size
+                if not packet.size or packet.is_discard:
+                    continue
+                if packet.is_corrupt:
+                    raise BrokenVideo(path, f"is cut short or damaged at frame {len(times)}")
+                time = packet.pts if packet.pts is not None else packet.dts
+                if time is None:
+                    time = len(times)
+                timed &= packet.pts is not None
+                if latest_key is not None:
+                    closed &= time >= latest_key and (
+                        not packet.is_keyframe or _starts_afresh(packet, context.codec.canonical_name)
+                    )
+                latest_key = time if packet.is_keyframe else latest_key
+                times.append(time)
+                durations.append(packet.duration or 0)
         except av.error.FFmpegError as error:
             raise BrokenVideo(path, f"is cut short or damaged after {len(times)} frames ({error})") from error
         if not times:
@@ -136,7 +160,6 @@ def _walk_packets(path: Path | str) -> tuple[VideoInfo, list[int]]:
         # Two are allowed for: packets that an edit list hides are not always marked.
         if stream.frames and len(times) < stream.frames - 2:
             raise BrokenVideo(path, f"is cut short: {len(times)} of {stream.frames} frames are in the file")
-        context = stream.codec_context
         if not context.width or not context.height:
             raise BrokenVideo(path, "declares no frame size")
         order = np.argsort(np.asarray(times), kind="stable")
@@ -155,7 +178,20 @@ def _walk_packets(path: Path | str) -> tuple[VideoInfo, list[int]]:
             codec=context.codec.canonical_name,
             timestamps=timestamps,
         )
-        return info, pts
+        return info, _Order(pts, timed and len(set(pts)) == len(pts), closed)
+
+
+def _starts_afresh(packet: "Packet", codec: str) -> bool:
+    """Whether a key frame resets the decoder (an IDR picture in H.264 and HEVC). False where that cannot be seen."""
+    if codec not in ("h264", "hevc"):
+        return True
+    data, start = bytes(packet), 0
+    while start + 4 < len(data):  # units of a 4-byte length and a payload; other packings end here without a match
+        header = data[start + 4]
+        if header & 31 == 5 if codec == "h264" else header >> 1 & 63 in (19, 20):
+            return True
+        start += 4 + int.from_bytes(data[start : start + 4])
+    return False
 
 
 def _read_decord(path: Path | str, wanted: np.ndarray, info: VideoInfo) -> np.ndarray | None:
@@ -171,20 +207,22 @@ def _read_decord(path: Path | str, wanted: np.ndarray, info: VideoInfo) -> np.nd
     return frames if frames.shape == (len(wanted), info.height, info.width, 3) else None
 
 
-def _read_av(path: Path | str, wanted: np.ndarray, pts: list[int]) -> np.ndarray:
-    """Frames by PyAV, matched by presentation time; from the key frame before the first, else from the beginning."""
+def _read_av(path: Path | str, wanted: np.ndarray, order: _Order) -> np.ndarray:
+    """Frames by PyAV: by presentation time from the key frame before the first, else counted from the beginning."""
     av = _import("av")
-    needed = {pts[i] for i in wanted.tolist()}
-    for from_start in (False, True):  # a seek may land late in files with a bad index
+    needed = set(wanted.tolist())
+    index_of = {time: i for i, time in enumerate(order.pts)}
+    for from_start in (False, True) if order.timed else (True,):  # a seek may land late in files with a bad index
         found: dict[int, np.ndarray] = {}
         with _open(path) as container:
             stream = container.streams.video[0]
             try:
                 if not from_start:
-                    container.seek(min(needed), stream=stream, backward=True)
-                for frame in container.decode(stream):
-                    if frame.pts in needed:
-                        found[frame.pts] = frame.to_ndarray(format="rgb24")
+                    container.seek(order.pts[min(needed)], stream=stream, backward=True)
+                for count, frame in enumerate(container.decode(stream)):
+                    index = index_of.get(frame.pts) if order.timed else count
+                    if index in needed:
+                        found[index] = frame.to_ndarray(format="rgb24")
                         if len(found) == len(needed):
                             break
             except av.error.FFmpegError as error:
@@ -192,6 +230,5 @@ def _read_av(path: Path | str, wanted: np.ndarray, pts: list[int]) -> np.ndarray
                     problem = f"cannot be decoded ({error})"
                     raise BrokenVideo(path, problem, "convert it to H.264, for example with ffmpeg") from error
         if len(found) == len(needed):
-            return np.stack([found[pts[i]] for i in wanted.tolist()])
-    missing = sorted(pts.index(t) for t in needed - found.keys())
-    raise BrokenVideo(path, f"frames {missing[:10]} cannot be decoded")
+            return np.stack([found[i] for i in wanted.tolist()])
+    raise BrokenVideo(path, f"frames {sorted(needed - found.keys())[:10]} cannot be decoded")
