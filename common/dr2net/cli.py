@@ -10,13 +10,13 @@ A model is a timm name, `torchvision:swin3d_t`, `transformers:VideoMAEConfig` (o
 
 import argparse
 import contextlib
+import functools
 import importlib
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ METHODS = ("conventional", "checkpointed", "reversible", "dr2net")
 INVERSIONS = ("exact", "anchored", "float")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = {
-    "adamw": partial(torch.optim.AdamW, lr=1e-4),
-    "sgd": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
 }
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,62 +84,52 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> None:
     shape, budget = parse_shape(options.input), parse_bytes(options.budget)
-    beta = _fraction(options.beta, "--beta")
     dimension, multiple = _parse_grow(options.grow, shape)
+    beta = _fraction(options.beta, "--beta")
     build = find_model(options.model)
-    plan_method = partial(_predict_method, build, options, beta)
-    what = "batch" if dimension == 0 else f"size of dimension {dimension}"
     rows = []
     for method in METHODS:
-        memory = plan_method(method, shape)
+        predict_at = _planner(build, options, beta, method)
+        memory = predict_at(shape)
 
-        def peak(n: int, method: str = method) -> int:
-            grown = (*shape[:dimension], n * multiple, *shape[dimension + 1 :])
-            return plan_method(method, grown).peak
+        def peak(n: int, predict_at: Callable[[tuple[int, ...]], Memory] = predict_at) -> int:
+            return predict_at((*shape[:dimension], n * multiple, *shape[dimension + 1 :])).peak
 
-        most = multiple * largest(peak, budget)
-        rows.append(
-            (
-                method,
-                *(format_bytes(size) for size in (memory.peak, memory.parameters, memory.gradients, memory.optimizer)),
-                format_bytes(memory.activations),
-                "yes" if memory.peak <= budget else "no",
-                str(most),
-            )
-        )
+        sizes = (memory.peak, memory.parameters, memory.gradients, memory.optimizer, memory.activations)
+        fits = "yes" if memory.peak <= budget else "no"
+        rows.append((method, *map(format_bytes, sizes), fits, str(multiple * largest(peak, budget))))
         if options.live:
             print(f"{method}, largest at the peak", *memory.live[: options.live], "", sep="\n")
+    what = "batch" if dimension == 0 else f"size of dimension {dimension}"
     print(f"{options.model}, input {options.input}, {options.precision}, {options.optimizer}, beta {options.beta}")
-    print_table(
-        (
-            *("method", "peak", "parameters", "gradients", "optimizer", "activations"),
-            f"fits {options.budget}",
-            f"largest {what}",
-        ),
-        rows,
-    )
+    split = ("peak", "parameters", "gradients", "optimizer", "activations")
+    print_table(("method", *split, f"fits {options.budget}", f"largest {what}"), rows)
 
 
-def _predict_method(
-    build: Callable[[], nn.Module], options: argparse.Namespace, beta: Fraction, method: str, shape: tuple[int, ...]
-) -> Memory:
+def _planner(
+    build: Callable[[], nn.Module], options: argparse.Namespace, beta: Fraction, method: str
+) -> Callable[[tuple[int, ...]], Memory]:
+    """The model made ready for `method`, as a function: input shape -> predicted memory of a training step."""
     model = build().train()
     if method == "checkpointed":
         dr2net.checkpoint_blocks(model)
     elif method in ("reversible", "dr2net"):
         dr2net.convert(model, inversion=options.inversion)
-        alpha_beta = (0, 1) if method == "reversible" else (1 - beta, beta)
-        dr2net.set_coefficients(model, *(float(value) for value in alpha_beta))
+        dr2net.set_coefficients(model, *((0, 1) if method == "reversible" else (float(1 - beta), beta)))
     optimizer = OPTIMIZERS[options.optimizer](model.parameters())
 
-    def step() -> None:
-        loss_of(model, torch.randn(shape), options.precision).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    @functools.cache
+    def predict_at(shape: tuple[int, ...]) -> Memory:
+        def step() -> None:
+            loss_of(model, torch.randn(shape), options.precision).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    with _explained(options.model, shape), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `check`
-        return predict(step, model, optimizer)
+        with _explained(options.model, shape), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `check`
+            return predict(step, model, optimizer)
+
+    return predict_at
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -158,7 +148,7 @@ def _check(options: argparse.Namespace) -> None:
             schedule.apply(model, progress)
             with _explained(options.model, shape), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
-                loss = partial(loss_of, precision=options.precision)
+                loss = functools.partial(loss_of, precision=options.precision)
                 error = dr2net.gradient_error(model, batch, loss)
             columns.setdefault(inversion, []).append(f"{error.overall:.1e}")
         dr2net.deconvert(model)
@@ -183,12 +173,12 @@ def find_model(name: str, *, pretrained: bool = False) -> Callable[[], nn.Module
         if name not in timm.list_models():
             close = ", ".join(timm.list_models(f"*{name[:8]}*")[:5]) or "see timm.list_models()"
             raise ValueError(f"timm has no model {name!r}; similar: {close}")
-        return partial(timm.create_model, name, pretrained=pretrained)
+        return functools.partial(timm.create_model, name, pretrained=pretrained)
     if source == "torchvision":
         models = _import("torchvision", "the model is torchvision's").models
         if rest not in models.list_models():
             raise ValueError(f"torchvision has no model {rest!r}; see torchvision.models.list_models()")
-        return partial(models.get_model, rest, weights="DEFAULT" if pretrained else None)
+        return functools.partial(models.get_model, rest, weights="DEFAULT" if pretrained else None)
     if pretrained:
         raise ValueError(f"--pretrained works for timm and torchvision, not for {name!r}: load them in your function")
     if source == "transformers":
@@ -216,7 +206,7 @@ def _transformers_model(name: str) -> Callable[[], nn.Module]:
         )
     except (OSError, TypeError) as error:
         raise ValueError(f"{name!r} is neither a config class of transformers nor a local model folder") from error
-    return partial(transformers.AutoModel.from_config, config)
+    return functools.partial(transformers.AutoModel.from_config, config)
 
 
 def _import(package: str, why: str):
