@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from action_recognition.configs import Config
 from action_recognition.data import build_test_loader, class_names
 from action_recognition.head import merge_views
-from action_recognition.model import ActionRecognizer, build_model
+from action_recognition.model import ActionRecognizer, build_model, without_weights
 from dr2net.training.command import config_of_checkpoint
 from dr2net.training.data import gather
 from dr2net.training.engine import load_trained
@@ -125,8 +125,7 @@ def load_recognizer(run: Path, device: torch.device) -> tuple[Config, ActionReco
     """The Config and the trained network, in eval mode, of a run. FileNotFoundError or ValueError if unusable."""
     folder = run / "checkpoint" if (run / "checkpoint").is_dir() else run
     config = config_of_checkpoint(folder, Config)
-    # The checkpoint fills every weight, so the pretrained ones need not be fetched again.
-    model = build_model(replace(config, model=replace(config.model, weights=None)))
+    model = build_model(without_weights(config))
     load_trained(model, config.finetuning, folder)
     return config, model.to(device)
 

@@ -5,8 +5,10 @@
 `model.backbone` is what a finetuning method applies to. Not here: loss, schedules, precision.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from action_recognition.configs import Config
@@ -42,6 +44,21 @@ def build_model(config: Config) -> ActionRecognizer:
     refuse_non_finite(backbone.state_dict(), f"pretrained weights of {config.model.name}")
     head = MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout)
     return ActionRecognizer(backbone, head)
+
+
+def without_weights(config: Config) -> Config:
+    """The same row with random weights: for planning, and where a checkpoint is about to fill every weight."""
+    return replace(config, model=replace(config.model, weights=None))
+
+
+def example_batch(config: Config) -> dict:
+    """A batch of the shapes of one forward in training; to be called under fake tensors, where it takes no memory."""
+    data = config.data
+    num_clips = config.run.micro_batch * data.repeats
+    return {
+        "video": torch.zeros(num_clips, 3, data.num_frames, data.image_size, data.image_size),
+        "label": torch.zeros(num_clips, dtype=torch.long),
+    }
 
 
 def _build_backbone(config: Config) -> nn.Module:

@@ -51,7 +51,7 @@ def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tupl
     sheet, annotated = output / f"{video.stem}.png", output / f"{video.stem}.mp4"
     seen = read_frames(video, clips.segment_indices(info.num_frames, config.data.num_frames, None, 0, 1))
     draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(sheet)
-    # write beside, never onto, the input
+    # never onto the input
     if annotated.resolve() == video.resolve():
         annotated = annotated.with_stem(f"{video.stem}_annotated")
     frames = read_frames(video, np.arange(info.num_frames))
@@ -114,7 +114,7 @@ def draw_contact_sheet(frames: np.ndarray, top: list[tuple[str, float]], *, titl
 
 
 def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int = 480) -> np.ndarray:
-    """Frames (T, H, W, 3), enlarged to `min_width` if smaller, with the three best classes below; even height, width."""
+    """Frames (T, H, W, 3), enlarged to `min_width` if smaller, the three best classes below; even height and width."""
     from PIL import Image, ImageDraw, ImageFont
 
     scale = max(1.0, min_width / frames.shape[2])

@@ -1,21 +1,31 @@
-"""Train a row of the table: python -m action_recognition.train ROW [--method M] [--seed S] [--any.field value ...]."""
+"""Train a row of the table: python -m action_recognition.train ROW [--method M] [--seed S] [--any.field value ...].
+
+With --plan nothing is trained: the peak memory of a step is predicted and written to results/ with the status "not run".
+"""
 
 import sys
+from pathlib import Path
 
 from action_recognition.configs import row
 from action_recognition.data import build_loaders
 from action_recognition.evaluate import evaluate
 from action_recognition.head import build_criterion
-from action_recognition.model import build_model
+from action_recognition.model import build_model, example_batch, without_weights
 from dr2net.training.command import parse_config
 from dr2net.training.engine import fit, set_seed
+from dr2net.training.plan import plan_row, publish_plan
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, build, fit."""
-    config = parse_config(row, arguments)
+    """Parse, build, fit (or plan)."""
+    plan = "--plan" in arguments
+    config = parse_config(row, [argument for argument in arguments if argument != "--plan"])
     set_seed(config.run.seed)
     criterion = build_criterion(num_classes=config.data.num_classes, label_smoothing=config.label_smoothing)
+    if plan:
+        model = build_model(without_weights(config))
+        publish_plan(plan_row(config, model, criterion, lambda: example_batch(config)), Path("results"))
+        return
     record = fit(config, build_model(config), criterion, build_loaders(config), evaluate)
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
     print(f"{record.row} seed {record.seed}: {metrics}")

