@@ -216,7 +216,7 @@ class Clips:
         for offset in range(min(MAX_REPLACEMENTS, len(self.entries))):
             entry = self.entries[(index + offset) % len(self.entries)]
             try:
-                video = self._clip(entry.path, rng, view)
+                video = read_clip(self.data, entry.path, rng, view, self.segments, self.crops)
             except (BrokenVideo, OSError) as error:
                 if self.data.on_broken == "raise":
                     raise
@@ -228,25 +228,30 @@ class Clips:
             self.data.root, f"{len(skipped)} videos in a row cannot be read ({', '.join(skipped[:5])}, ...)"
         )
 
-    def _clip(self, path: str, rng: np.random.Generator | None, view: int) -> Tensor:
-        """(3, T, H, W) float32. The file is opened here, in the worker, and closed again."""
-        data = self.data
-        segment, crop = divmod(view, self.crops)
-        info = probe(path)
-        if data.sampling == "segments":
-            indices = clips.segment_indices(info.num_frames, data.num_frames, rng, segment, self.segments)
-        else:
-            args = (info.timestamps, info.seconds, data.num_frames, data.stride)
-            indices = clips.dense_indices(*args, rng, segment, self.segments)
-        clip = torch.from_numpy(read_frames(path, indices)).permute(0, 3, 1, 2)
-        if rng is None:
-            return clips.normalise(clips.view_crop(clip, data.image_size, crop, self.crops), data.mean, data.std)
-        clip = clips.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
-        if data.flip and rng.random() < 0.5:
-            clip = clip.flip(-1)
-        clip = clips.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
-        clip = clips.color_jitter(clip, data.color_jitter, rng)
-        return clips.random_erase(clips.normalise(clip, data.mean, data.std), data.erase, rng)
+
+def read_clip(
+    data: Data, path: str | Path, rng: np.random.Generator | None, view: int = 0, segments: int = 1, crops: int = 1
+) -> Tensor:
+    """One clip of a video, (3, T, H, W) float32: augmented with `rng`, else view number `view` of segments x crops.
+
+    The file is opened here, in the worker, and closed again. Raises FileNotFoundError or BrokenVideo.
+    """
+    segment, crop = divmod(view, crops)
+    info = probe(path)
+    if data.sampling == "segments":
+        indices = clips.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
+    else:
+        args = (info.timestamps, info.seconds, data.num_frames, data.stride)
+        indices = clips.dense_indices(*args, rng, segment, segments)
+    clip = torch.from_numpy(read_frames(path, indices)).permute(0, 3, 1, 2)
+    if rng is None:
+        return clips.normalise(clips.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
+    clip = clips.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
+    if data.flip and rng.random() < 0.5:
+        clip = clip.flip(-1)
+    clip = clips.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
+    clip = clips.color_jitter(clip, data.color_jitter, rng)
+    return clips.random_erase(clips.normalise(clip, data.mean, data.std), data.erase, rng)
 
 
 def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Generator) -> tuple[Tensor, float]:

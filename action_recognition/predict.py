@@ -7,6 +7,7 @@ are averaged over the test views of the row, as in evaluation. Not here: streami
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from action_recognition.configs import Config
-from action_recognition.data import Data, class_names
+from action_recognition.data import class_names, read_clip
 from action_recognition.evaluate import autocast, load_recognizer
 from action_recognition.head import merge_views
 from dr2net.training import clips
@@ -28,10 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
     parser.add_argument("video", type=Path)
+    parser.add_argument("--root", type=Path, help="the data set's folder with the class names, if it has moved")
     parser.add_argument("--output", type=Path, default=Path("predictions"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, model = load_recognizer(arguments.run, device)
+    if arguments.root is not None:
+        config = replace(config, data=replace(config.data, root=arguments.root))
     for path in predict(config, model, arguments.video, arguments.output):
         print(path)
 
@@ -62,27 +66,14 @@ def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tupl
 def classify(config: Config, model: nn.Module, video: Path) -> Tensor:
     """Probabilities (K,) of a video, the mean over the row's test views."""
     device = next(model.parameters()).device
-    views = read_views(config.data, video).to(device)
+    data = config.data
+    segments, crops = data.test_segments, data.test_crops
+    views = torch.stack([read_clip(data, video, None, view, segments, crops) for view in range(segments * crops)])
     with torch.no_grad(), autocast(config, device):
-        logits = torch.cat([model({"video": view})["logits"].float() for view in views.split(config.run.micro_batch)])
+        logits = torch.cat(
+            [model({"video": view})["logits"].float() for view in views.to(device).split(config.run.micro_batch)]
+        )
     return merge_views(logits.softmax(dim=-1).cpu())
-
-
-def read_views(data: Data, video: Path) -> Tensor:
-    """(test_segments * test_crops, 3, T, H, W), normalised, as `data.Clips` makes them in the final test."""
-    info = probe(video)
-    views = []
-    for segment in range(data.test_segments):
-        if data.sampling == "segments":
-            indices = clips.segment_indices(info.num_frames, data.num_frames, None, segment, data.test_segments)
-        else:
-            timing = (info.timestamps, info.seconds, data.num_frames, data.stride)
-            indices = clips.dense_indices(*timing, None, segment, data.test_segments)
-        clip = torch.from_numpy(read_frames(video, indices)).permute(0, 3, 1, 2)
-        for crop in range(data.test_crops):
-            cropped = clips.view_crop(clip, data.image_size, crop, data.test_crops)
-            views.append(clips.normalise(cropped, data.mean, data.std))
-    return torch.stack(views)
 
 
 def draw_contact_sheet(frames: np.ndarray, top: list[tuple[str, float]], *, title: str, columns: int = 8):

@@ -1,6 +1,6 @@
-"""Train a row of the table: python -m action_recognition.train ROW [--method M] [--seed S] [--any.field value ...].
+"""Train a row of the table: python -m action_recognition.train ROW [--method M] [--seed S] [--any.field value].
 
-With --plan nothing is trained: the peak memory of a step is predicted and written to results/ with the status "not run".
+With --plan nothing is trained: the peak memory of a step is predicted and written to results/, status "not run".
 """
 
 import sys

@@ -27,7 +27,7 @@ Batch = dict[str, Any]
 def plan_row(
     config: Any, model: nn.Module, criterion: Callable[[Any, Batch], dict[str, Tensor]], make_batch: Callable[[], Batch]
 ) -> results.Record:
-    """Predict the peak memory of one training step of a freshly built model. make_batch is called under fake tensors."""
+    """Predict the peak memory of a training step of a freshly built model; make_batch is called under fake tensors."""
     apply_method(model.backbone, config.finetuning)
     model.train()
     if config.finetuning.method == "frozen":
@@ -59,7 +59,7 @@ def plan_row(
 
 
 def publish_plan(record: results.Record, folder: Path) -> Path:
-    """Write the Record into `folder`/<task>/<row>.json. ValueError if a real run is there: a prediction never replaces it."""
+    """Write it to `folder`/<task>/<row>.json. ValueError if a real run is there: a prediction never replaces one."""
     path = folder / record.task / f"{record.row}.json"
     if path.exists() and any(run.status != "not run" for run in results.read_row(path)):
         raise ValueError(f"{path} holds real runs, which a prediction must not replace; delete it first if you mean to")
