@@ -8,6 +8,7 @@ What stands at `path` is complete and checked; what is on its way is `<path>.par
 transfers.
 """
 
+import gzip
 import hashlib
 import http.client
 import lzma
@@ -134,7 +135,7 @@ def extract(
             finally:
                 part.unlink(missing_ok=True)
             written.append(target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive}: is damaged ({error}); download it again") from error
     return written
 
@@ -228,6 +229,8 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]
                 raise UnsafeArchive(f"{archive}: {member.name!r} is a link or device; it is not unpacked")
             if member.isreg():
                 yield member.name, member.size, lambda member=member: bundle.extractfile(member)
+        while bundle.fileobj.read(CHUNK):  # the compressor's checksum stands behind the last member
+            pass
 
 
 def _target(archive: Path, folder: Path, name: str) -> Path:
