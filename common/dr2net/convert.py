@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dr2net.branches import find_branches
 from dr2net.error_law import TOLERANCE
-from dr2net.reversible import Inversion, ReversibleSequence
+from dr2net.reversible import Inversion, ReversibleSequence, refuse_hooks
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def convert(
     """
     sequences, ordinary, inside = [], [], 0
     found = list(_containers(model))
+    containers = {}
     for parent, attribute, name, container in found:
+        refuse_hooks(container, name)
         sequence = ReversibleSequence(
             container, inversion=inversion, anchor_every=anchor_every, tolerance=tolerance, store=store
         )
@@ -72,6 +74,8 @@ def convert(
             blocks += 1
             inside += sum(p.numel() for p in block.parameters())
         sequences.append((name, blocks, sequence.num_branches()))
+        containers[parent, attribute] = sequence
+    for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
         parent._modules[attribute] = sequence
     return Report(tuple(sequences), tuple(ordinary), inside, sum(p.numel() for p in model.parameters()))
 
@@ -158,10 +162,7 @@ def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modu
 
 
 def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:
-    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
-        raise ValueError(
-            f"{name} has hooks, which would not fire in a reversible sequence; remove them before converting"
-        )
+    refuse_hooks(block, name)
     missing = {id(p) for p in block.parameters()} - {id(p) for p in covered}
     names = [key for key, p in block.named_parameters() if id(p) in missing]
     if names:

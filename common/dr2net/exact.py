@@ -23,6 +23,7 @@ is reported. The gradient treats rounding as identity.
 Not here: autograd, randomness, who stores what (`reversible.py`).
 """
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -49,9 +50,9 @@ def rational(beta: float | Fraction) -> Fraction:
 
     Raises ValueError outside [0, 1] and for denominators over 2**15.
     """
-    if not isinstance(beta, Fraction):
+    if not isinstance(beta, Fraction) and math.isfinite(beta):
         beta = Fraction(round(float(beta) * DENOMINATOR), DENOMINATOR)
-    if not 0 <= beta <= 1 or beta.denominator > 2**15:
+    if not isinstance(beta, Fraction) or not 0 <= beta <= 1 or beta.denominator > 2**15:
         raise ValueError(
             f"exact inversion needs 0 <= beta <= 1 with a denominator of at most 2**15, not {beta}; "
             "use inversion='anchored' or 'float' for other values"

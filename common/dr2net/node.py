@@ -69,7 +69,7 @@ class Node:
         for position, tensor in zip(self.tensor_at, side, strict=True):
             arguments[position] = tensor
         args, named = tree_unflatten(arguments, self.structure)
-        version = None if x.is_inference() else x._version
+        version = version_of(x)
         with ExitStack() as stack:
             if not self.stored:
                 # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not
@@ -83,7 +83,7 @@ class Node:
             raise ValueError(
                 f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
             )
-        if version is not None and x._version != version:
+        if version_of(x) != version:
             raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
         return f
 
@@ -177,7 +177,8 @@ class DualResidual(torch.autograd.Function):
             t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
         ]
         with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
-            f = node.call(x_in, side)
+            # through views, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
+            f = node.call(x_in.view_as(x_in), [t.view_as(t) for t in side])
 
         if node.exact:
             q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2])
@@ -221,6 +222,11 @@ def _verify(tape: Tape) -> None:
         )
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """Counts in-place changes; None under inference_mode, where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def autocast_is_on(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
@@ -248,7 +254,7 @@ def _refuse_stateful(node: Node, before: list[tuple[nn.Module, str, Tensor, int]
         if module._buffers[name] is not buffer or buffer._version != version:
             raise ValueError(
                 f"{type(module).__name__} in branch {node.name} changes its buffer {name!r} in forward, which would "
-                "happen again when the branch is recomputed; put it in eval mode or leave its block out of the conversion"
+                "happen again when the branch is recomputed; put it in eval mode or leave its block out"
             )
 
 

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
 from dr2net.error_law import TOLERANCE, anchor_spacing, predicted_error
-from dr2net.node import DualResidual, Node, Tape, autocast_is_on
+from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 
 Inversion = Literal["exact", "anchored", "float"]
 
@@ -108,6 +108,15 @@ class ReversibleSequence(nn.Module):
         return f"inversion={self.inversion!r}, alpha={float(self.alpha):.4g}, beta={float(self.beta):.4g}"
 
 
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """ValueError if `module`, which is not called as a module in a reversible sequence, carries hooks."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has hooks, which do not fire in a reversible sequence; remove them, or "
+            "put them on a module inside the block"
+        )
+
+
 class _Step:
     """One block inside one pass; everything but calling it is the block's own."""
 
@@ -128,6 +137,9 @@ class _Pass:
         self.sequence = sequence
         self.blocks = list(sequence.named_children())
         self.branches = [find_branches(block)[0] for _, block in self.blocks]
+        for (name, block), branches in zip(self.blocks, self.branches, strict=True):
+            if branches:
+                refuse_hooks(block, f"block {name}")
         self.output: Tensor | None = None  # what the last step returned
 
     def step(self, index: int, x: Tensor, args: tuple, named: dict[str, Any]) -> Tensor:
@@ -136,7 +148,7 @@ class _Pass:
             return block(x, *args, **named)
         if index == 0 or not self.branches[index - 1]:
             self._start(index, x)
-        elif x is not self.output:
+        elif x is not self.output or index != self.expected or version_of(x) != self.version:
             raise ValueError(
                 f"the input of block {name} is not the output of the block before it; a reversible run of blocks "
                 "cannot be interrupted, repeated or entered in the middle"
@@ -144,6 +156,7 @@ class _Pass:
         for branch in self.branches[index]:
             self._advance(branch, f"{name}.{branch.name}", args, named)
         self.output = self.x.to(self.dtype)
+        self.expected, self.version = index + 1, version_of(self.output)
         output = self.output
         if self.index == self.length:
             self._finish()
@@ -159,7 +172,7 @@ class _Pass:
         self.x = self.previous = x if x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
         self.exact = sequence.inversion == "exact"
-        self.beta = exact.rational(sequence.beta) if self.exact else sequence.beta
+        self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
         self.every = self.length
         if self.beta == 0:
