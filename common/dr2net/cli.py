@@ -17,11 +17,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 import dr2net
+from dr2net import schedule
 from dr2net.memory import Memory, format_bytes, largest, predict
 
 METHODS = ("conventional", "checkpointed", "reversible", "dr2net")
@@ -73,9 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     check.add_argument("--start", default="63/64,1/64", help="alpha,beta at the first step")
     check.add_argument("--end", default="63/64,1/64", help="alpha,beta at the end of the path")
-    check.add_argument(
-        "--path", default="constant", choices=("constant", "together", "alternating", "alpha_first", "beta_first")
-    )
+    check.add_argument("--path", choices=get_args(schedule.Path), default="together", help="from start to end")
     check.add_argument("--pretrained", action="store_true", help="load the weights that timm or torchvision name")
     check.add_argument("--seed", type=int, default=0)
     check.set_defaults(run=_check)
@@ -135,17 +135,16 @@ def _planner(
 def _check(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     shape = parse_shape(options.input)
-    pairs = {"--start": options.start, "--end": options.end}
-    start, end = (_parse_pair(text, flag) for flag, text in pairs.items())
-    schedule = dr2net.Schedule(start=start, end=end, until=1.0, path=options.path)
-    progresses = (0.0,) if options.path == "constant" else (0.0, 0.25, 0.5, 0.75, 1.0)
+    start, end = _parse_pair(options.start, "--start"), _parse_pair(options.end, "--end")
+    coefficients = schedule.Schedule(start=start, end=end, until=1.0, path=options.path)
+    progresses = (0.0, 0.25, 0.5, 0.75, 1.0) if start != end else (0.0,)
     batch = torch.randn(shape)
     model = find_model(options.model, pretrained=options.pretrained)()
     columns: dict[str, list[str]] = {}
     for inversion in INVERSIONS:
         report = dr2net.convert(model, inversion=inversion)
         for progress in progresses:
-            schedule.apply(model, progress)
+            coefficients.apply(model, progress)
             with _explained(options.model, shape), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
                 loss = functools.partial(loss_of, precision=options.precision)
@@ -157,7 +156,7 @@ def _check(options: argparse.Namespace) -> None:
     print("relative error of the gradient against stored activations:")
     rows = []
     for index, progress in enumerate(progresses):
-        alpha, beta = schedule.at(progress)
+        alpha, beta = coefficients.at(progress)
         rows.append((f"{progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", *(columns[name][index] for name in INVERSIONS)))
     print_table(("progress", "alpha", "beta", *INVERSIONS), rows)
 
