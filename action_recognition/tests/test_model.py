@@ -1,0 +1,93 @@
+"""The network, its loss, and the preset's claims about size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from action_recognition.configs import Config, Model, row
+from action_recognition.head import MeanPoolHead, build_criterion
+from action_recognition.model import build_model, example_batch, without_weights
+from dr2net.training.config import METHODS
+from dr2net.training.engine import apply_method
+
+
+def tiny(**changes) -> Config:
+    config = without_weights(row("motion_tiny_dr2net"))
+    data = replace(config.data, num_frames=4, image_size=32)
+    return replace(config, data=data, **changes)
+
+
+def test_the_tiny_network_has_one_to_two_million_parameters():
+    count = sum(p.numel() for p in build_model(without_weights(row("motion_tiny_dr2net"))).parameters())
+    assert 1e6 < count < 2e6
+
+
+@pytest.mark.parametrize("family", ["video_vit", "videomae"])
+def test_logits_have_the_classes_and_every_parameter_trains(family):
+    config = tiny()
+    if family == "videomae":
+        config = replace(config, model=Model(family=family, name="any-small", weights=None, depth=1))
+    model = build_model(config)
+    batch = {**example_batch(config), "video": torch.randn(2, 3, 4, 32, 32), "label": torch.tensor([0, 11])}
+    outputs = model(batch)
+    assert outputs["logits"].shape == (2, 12)
+    sum(build_criterion(num_classes=12, label_smoothing=0.1)(outputs, batch).values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_applies_and_keeps_parameter_names(method):
+    config = tiny()
+    config = replace(config, finetuning=replace(config.finetuning, method=method))
+    model = build_model(config)
+    names = [name for name, _ in model.named_parameters()]
+    apply_method(model.backbone, config.finetuning)
+    assert [name for name, _ in model.named_parameters()] == names
+    model({"video": torch.randn(2, 3, 4, 32, 32)})["logits"].sum().backward()
+    assert all((p.grad is None) == (method == "frozen") for p in model.backbone.blocks.parameters())
+
+
+def test_layers_reach_from_zero_to_the_head():
+    model = build_model(tiny())
+    layers = {model.layer_of(name) for name, _ in model.named_parameters()}
+    assert layers == set(range(model.num_layers + 1))
+    assert model.layer_of("head.linear.weight") == model.num_layers
+
+
+def test_the_loss_of_hard_labels_is_that_of_their_one_hot_targets_and_is_smoothed_once():
+    logits, label = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
+    criterion = build_criterion(num_classes=4, label_smoothing=0.1)
+    hard = criterion({"logits": logits}, {"label": label})["classification"]
+    target = torch.nn.functional.one_hot(label, 4).float()
+    soft = criterion({"logits": logits}, {"label": label, "target": target})["classification"]
+    torch.testing.assert_close(hard, soft)
+    torch.testing.assert_close(hard, torch.nn.functional.cross_entropy(logits, label, label_smoothing=0.1))
+
+
+def test_the_loss_is_float32_under_autocast():
+    criterion = build_criterion(num_classes=4, label_smoothing=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = {"logits": MeanPoolHead(8, 4)(torch.randn(2, 3, 8))}
+        assert outputs["logits"].dtype == torch.bfloat16
+        assert criterion(outputs, {"label": torch.tensor([0, 1])})["classification"].dtype == torch.float32
+
+
+def test_weights_of_another_model_and_missing_files_are_named(tmp_path):
+    save_file({"blocks.0.norm1.weight": torch.ones(7)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        build_model(tiny(model=Model(weights=str(tmp_path / "other.safetensors"))))
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        build_model(tiny(model=Model(weights=str(tmp_path / "absent.safetensors"))))
+
+
+def test_the_committed_weights_fit_the_tiny_row_and_are_small(monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    config = row("motion_tiny_dr2net")
+    if not (root / config.model.weights).exists():
+        pytest.skip("weights not made yet: bash scripts/make_tiny_weights.sh")
+    monkeypatch.chdir(root)
+    assert (root / config.model.weights).stat().st_size < 5e6
+    build_model(config)
