@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy_training import Toy
 from torch import nn
+from toy_training import Toy
 
 from dr2net.training import checkpoint
 

@@ -74,28 +74,36 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+class Backbone(nn.Module):
+    """Blocks of a timm ViT on tokens (B, N, WIDTH)."""
+
+    def __init__(self, depth: int, dropout: float) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        self.blocks = nn.Sequential(*[Block(WIDTH, 2, qkv_bias=True, proj_drop=dropout) for _ in range(depth)])
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(x))
+
+
 class Toy(nn.Module):
-    """A timm ViT's blocks on tokens (B, 4, WIDTH), mean pooling, linear head."""
+    """Backbone, mean over tokens, linear head."""
 
     def __init__(self, num_classes: int = NUM_CLASSES, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
-        from timm.models.vision_transformer import VisionTransformer
-
-        vit = VisionTransformer(
-            img_size=4, patch_size=2, embed_dim=WIDTH, depth=depth, num_heads=2, num_classes=0, proj_drop_rate=dropout
-        )
-        self.backbone = vit
+        self.backbone = Backbone(depth, dropout)
         self.head = nn.Linear(WIDTH, num_classes)
         self.num_layers = depth + 1
 
     def layer_of(self, name: str) -> int:
         if name.startswith("backbone.blocks."):
             return int(name.split(".")[2]) + 1
-        return 0 if name.startswith("backbone.") and "norm" not in name else self.num_layers
+        return self.num_layers
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        x = self.backbone.blocks(batch["x"])  # (B, 4, D)
-        return self.head(self.backbone.norm(x).mean(1))
+        return self.head(self.backbone(batch["x"]).mean(1))
 
 
 def criterion(outputs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
