@@ -22,7 +22,7 @@ from action_recognition.head import merge_views
 from action_recognition.model import ActionRecognizer, build_model, without_weights
 from dr2net.training.command import config_of_checkpoint
 from dr2net.training.data import gather
-from dr2net.training.engine import load_trained
+from dr2net.training.method import load_trained
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from action_recognition.configs import Config, Model, row
 from action_recognition.head import MeanPoolHead, build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
 from dr2net.training.config import METHODS
-from dr2net.training.engine import apply_method
+from dr2net.training.method import apply_method
 
 
 def tiny(**changes) -> Config:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dr2net import memory
 from dr2net.training import results
-from dr2net.training.engine import apply_method
+from dr2net.training.method import apply_method
 from dr2net.training.optimization import build_optimizer
 
 Batch = dict[str, Any]

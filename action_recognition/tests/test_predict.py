@@ -1,0 +1,117 @@
+"""From a checkpoint and a video file to pictures; and each way in which either can be unusable."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from action_recognition.compose import Composition, write_dataset
+from action_recognition.configs import Config, row
+from action_recognition.evaluate import load_recognizer
+from action_recognition.model import build_model, without_weights
+from action_recognition.predict import annotate, classify, draw_contact_sheet, predict
+from dr2net.training import checkpoint
+from dr2net.training.method import apply_method, coefficients
+from dr2net.training.results import as_json
+from dr2net.training.video import BrokenVideo, probe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Config, Path, Path]:
+    """A composed data set and a checkpoint of an untrained tiny network: (config, checkpoint folder, a video)."""
+    root = tmp_path_factory.mktemp("world")
+    composition = Composition(num_classes=4, num_train=4, num_validation=4, size=32, num_frames=(8, 9))
+    write_dataset(root / "data", composition, workers=1)
+    base = without_weights(row("motion_tiny_dr2net"))
+    data = replace(base.data, root=root / "data", num_classes=4, num_frames=4, image_size=32)
+    config = replace(base, data=data)
+    save(config, root / "checkpoint")
+    return config, root / "checkpoint", next((root / "data").rglob("*.mp4"))
+
+
+def save(config: Config, folder: Path) -> None:
+    model = build_model(config)
+    apply_method(model.backbone, config.finetuning)
+    alpha, beta = coefficients(config.finetuning, 1.0)
+    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
+    checkpoint.save(folder, {"model": model.state_dict()}, state)
+
+
+def test_prediction_writes_a_sheet_and_a_video_of_the_same_length(world, tmp_path, capsys):
+    config, folder, video = world
+    loaded, model = load_recognizer(folder, CPU)
+    assert loaded.data.num_classes == 4
+    sheet, annotated = predict(config, model, video, tmp_path)
+    assert sheet.stat().st_size > 1000
+    assert probe(annotated).num_frames == probe(video).num_frames
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_probabilities_are_those_of_the_evaluation(world):
+    from action_recognition.data import build_test_loader
+    from action_recognition.evaluate import merge, predict_views
+
+    config, folder, _ = world
+    _, model = load_recognizer(folder, CPU)
+    prediction = merge(predict_views(model, build_test_loader(config)))[0]
+    video = next(config.data.root.rglob(f"{prediction.name}.mp4"))
+    # Batches of another size may round differently in float32.
+    torch.testing.assert_close(classify(config, model, video), prediction.probabilities, atol=1e-5, rtol=1e-5)
+
+
+def test_the_input_is_never_overwritten(world, tmp_path):
+    config, folder, video = world
+    _, model = load_recognizer(folder, CPU)
+    copy = tmp_path / "clip.mp4"
+    copy.write_bytes(video.read_bytes())
+    _, annotated = predict(config, model, copy, tmp_path)
+    assert annotated != copy
+    assert copy.read_bytes() == video.read_bytes()
+
+
+def test_missing_and_truncated_videos_are_named(world, tmp_path):
+    config, folder, video = world
+    _, model = load_recognizer(folder, CPU)
+    with pytest.raises(FileNotFoundError, match="absent.mp4"):
+        predict(config, model, tmp_path / "absent.mp4", tmp_path)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    with pytest.raises(BrokenVideo, match="cut.mp4"):
+        predict(config, model, cut, tmp_path)
+
+
+def test_a_checkpoint_with_another_number_of_classes_says_both_numbers(world, tmp_path):
+    config, _, _ = world
+    other = replace(config, data=replace(config.data, num_classes=7))
+    save(other, tmp_path)
+    state = tmp_path / "state.json"
+    state.write_text(state.read_text().replace('"num_classes": 7', '"num_classes": 4'))
+    with pytest.raises(ValueError, match="checkpoint has 7 classes, the model 4"):
+        load_recognizer(tmp_path, CPU)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        load_recognizer(tmp_path, CPU)
+
+
+def test_a_label_file_of_another_class_count_is_named(world, tmp_path):
+    config, folder, video = world
+    _, model = load_recognizer(folder, CPU)
+    with pytest.raises(ValueError, match="4 classes"):
+        predict(replace(config, data=replace(config.data, num_classes=5)), model, video, tmp_path)
+
+
+@pytest.mark.parametrize("num_frames", [1, 8, 17])
+def test_sheets_and_captions_take_any_number_of_frames_and_long_names(num_frames):
+    frames = np.zeros((num_frames, 31, 45, 3), np.uint8)
+    top = [("Moving [something] out from behind [something] and then back again " * 2, 1.0), ("up", 0.0)]
+    sheet = draw_contact_sheet(frames, top, title="clip.mp4")
+    assert sheet.width >= 640
+    annotated = annotate(frames, top)
+    assert annotated.shape[0] == num_frames
+    assert annotated.shape[1] % 2 == annotated.shape[2] % 2 == 0
