@@ -77,7 +77,7 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
     return _read_av(path, wanted, order)
 
 
-def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 18) -> None:
+def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 20) -> None:
     """Write uint8 RGB frames (T, H, W, 3) as H.264 mp4; H and W even. The file appears only when it is complete."""
     av = _import("av")
     frames = np.asarray(frames)
@@ -89,11 +89,13 @@ def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 
         raise ValueError(f"fps must be positive, got {fps}")
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}  # one thread: same bytes everywhere
+    # One thread and no look-ahead: with it, x264 sometimes decides otherwise on the same frames (seen with "veryfast").
+    options = {"crf": str(crf), "preset": "ultrafast", "x264-params": "threads=1:lookahead-threads=1:sync-lookahead=0"}
     try:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            stream.codec_context.thread_count = 1
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())
