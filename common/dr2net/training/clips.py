@@ -46,21 +46,21 @@ def dense_indices(
     """
     times = np.asarray(timestamps)
     frame = seconds / len(times)
-    duration = (num_frames - 1) * stride * frame + frame
-    latest = max(seconds - duration, 0.0)
+    span = (num_frames - 1) * stride + 1  # of the clip, like `latest` and `start` in mean frame durations
+    latest = max(len(times) - span, 0)
     if rng is not None:
-        start = rng.uniform(0, latest)
+        start = int(rng.integers(0, latest + 1))
     elif num_views == 1:
-        start = latest / 2
+        start = latest // 2
     else:
         from pytorchvideo.data.clip_sampling import ConstantClipsPerVideoSampler
 
-        sampler = ConstantClipsPerVideoSampler(Fraction(duration), num_views)
-        start = 0.0
+        sampler = ConstantClipsPerVideoSampler(Fraction(span), num_views)
+        start = 0
         for _ in range(view + 1):
-            start = float(sampler(0, Fraction(seconds), {}).clip_start_sec)
+            start = int(sampler(0, Fraction(len(times)), {}).clip_start_sec)
     # The frame on screen half a frame after each instant: the nearest one, and exact where the rate is constant.
-    wanted = start + np.arange(num_frames) * stride * frame + frame / 2
+    wanted = (start + np.arange(num_frames) * stride + 0.5) * frame
     return np.clip(np.searchsorted(times, wanted, side="right") - 1, 0, len(times) - 1)
 
 
