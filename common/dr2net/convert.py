@@ -92,7 +92,7 @@ def deconvert(model: nn.Module) -> None:
                 container = child.container_type()
                 for block_name, block in child.named_children():
                     container.add_module(block_name, block)
-                container.train(child.training)
+                container.training = child.training
                 module._modules[name] = container
                 undone += 1
         if getattr(module.__dict__.get("forward"), "func", None) is checkpoint:

@@ -68,9 +68,9 @@ class ReversibleSequence(nn.Module):
         self.tolerance = tolerance
         self.store = store
         self.alpha, self.beta = 1.0, 0.0
-        self.train(container.training)
+        self.training = container.training  # of the container alone: blocks may be frozen in eval mode
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable  # one graph break; what is compiled inside the branches stays compiled
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         for block in self:
             x = block(x, *args, **named)
@@ -88,6 +88,7 @@ class ReversibleSequence(nn.Module):
             return self
         return list(self.children())[index]
 
+    @torch.compiler.disable
     def __iter__(self) -> "Iterator[_Step]":
         sequence_pass = _Pass(self)
         return iter([_Step(sequence_pass, index) for index in range(len(self))])
@@ -142,6 +143,7 @@ class _Pass:
                 refuse_hooks(block, f"block {name}")
         self.output: Tensor | None = None  # what the last step returned
 
+    @torch.compiler.disable
     def step(self, index: int, x: Tensor, args: tuple, named: dict[str, Any]) -> Tensor:
         name, block = self.blocks[index]
         if not self.branches[index]:

@@ -1,0 +1,257 @@
+"""Conversion of the model families we name: same keys, same outputs at (1, 0), right gradients, and the way back."""
+
+import copy
+
+import pytest
+import torch
+from model_zoo import FAMILIES, run
+from torch import Tensor, nn
+from toy_blocks import ToyBlock, build_input, build_net, gradients, relative
+
+import dr2net
+
+pytestmark = pytest.mark.filterwarnings("ignore:float inversion")
+
+GRID = 1e-4  # the issue's bound for the output on the grid against the unquantised network
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    pytest.importorskip("timm"), pytest.importorskip("transformers"), pytest.importorskip("pytorchvideo")
+    torch.manual_seed(0)
+    return FAMILIES[request.param]()
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    """One training step's forward and backward from a fixed seed."""
+    torch.manual_seed(3)
+    outputs = run(model, x)
+    outputs.square().sum().backward()
+    return outputs.detach()
+
+
+def test_the_converted_model_is_the_pretrained_one_at_one_and_zero(family: tuple[nn.Module, Tensor]) -> None:
+    model, x = family
+    model.eval()
+    keys, state = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = run(model, x)
+        for inversion in ("float", "anchored", "exact"):
+            report = dr2net.convert(model, inversion=inversion)
+            assert report.sequences and not model.training
+            assert list(model.state_dict()) == keys
+            found = run(model, x)
+            if inversion == "exact":
+                assert relative([found], [expected]) < GRID
+            else:
+                assert torch.equal(found, expected)
+            dr2net.deconvert(model)
+            assert not any(isinstance(m, dr2net.ReversibleSequence) for m in model.modules())
+            assert torch.equal(run(model, x), expected)
+    assert all(torch.equal(model.state_dict()[k], state[k]) for k in keys)
+
+
+def test_training_at_one_and_zero_is_that_of_the_plain_model(family: tuple[nn.Module, Tensor]) -> None:
+    model, x = family
+    ours, checkpointed = copy.deepcopy(model), copy.deepcopy(model)
+    dr2net.convert(ours, inversion="float")
+    assert dr2net.checkpoint_blocks(checkpointed) > 0
+    assert list(checkpointed.state_dict()) == list(model.state_dict())
+    expected = step(model, x)
+    for twin in (ours, checkpointed):
+        # dropout and drop path from the same seed; convolutions may add in another order
+        torch.testing.assert_close(step(twin, x), expected, rtol=1e-5, atol=1e-6)
+        assert relative(gradients(twin), gradients(model)) < 1e-5
+    for (name, a), b in zip(ours.named_buffers(), model.buffers(), strict=True):  # running statistics
+        torch.testing.assert_close(a, b, msg=name)
+    dr2net.deconvert(checkpointed)
+    torch.testing.assert_close(step(checkpointed, x).shape, expected.shape)
+
+
+@pytest.mark.parametrize("inversion", ["exact", "anchored"])
+def test_gradients_are_those_of_stored_activations(family: tuple[nn.Module, Tensor], inversion: str) -> None:
+    model, x = family
+    twin = copy.deepcopy(model)
+    for net, store in ((model, False), (twin, True)):
+        dr2net.convert(net, inversion=inversion, store=store)
+        dr2net.set_coefficients(net, 0.7, 0.3)
+    assert torch.equal(step(model, x), step(twin, x))
+    # float32 sums in another order; through BatchNorm of few values they are amplified
+    assert relative(gradients(model), gradients(twin)) < (1e-5 if inversion == "exact" else 2e-3)
+
+
+def test_checkpoints_fit_both_ways() -> None:
+    plain, other = build_net(2), build_net(2)
+    dr2net.convert(other)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    plain.load_state_dict(other.state_dict())
+    assert torch.equal(plain(build_input()), plain(build_input()))
+    fresh = build_net(2)
+    dr2net.convert(fresh)
+    fresh.load_state_dict(plain.state_dict())
+    assert torch.equal(fresh(build_input()), other(build_input()))
+
+
+def test_a_checkpoint_file_of_the_converted_model_loads_into_the_plain_one(tmp_path) -> None:
+    net = build_net(2)
+    dr2net.convert(net)
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    plain = build_net(2)
+    plain.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+
+
+def test_the_report_says_what_became_reversible_and_what_did_not() -> None:
+    net = build_net(2)
+    net.blocks.append(nn.Linear(8, 8))
+    report = dr2net.convert(net)
+    assert report.sequences == (("blocks", 2, 4),)
+    assert report.ordinary == (("blocks.2", "no branches are known for blocks of type Linear"),)
+    inside = sum(p.numel() for b in net.blocks.children() if isinstance(b, ToyBlock) for p in b.parameters())
+    assert report.reversible_parameters == inside < report.all_parameters == sum(p.numel() for p in net.parameters())
+    text = str(report)
+    assert "blocks: 2 blocks, 4 branches" in text and "blocks.2: no branches are known" in text
+
+
+def test_ordinary_blocks_between_reversible_ones_end_a_run_and_start_another() -> None:
+    blocks = [*build_net(2).blocks, nn.Linear(8, 8), *build_net(3).blocks]
+    net = build_net(1)
+    net.blocks = nn.ModuleList(blocks).double()
+    plain = copy.deepcopy(net)
+    dr2net.convert(net, inversion="float")
+    dr2net.set_coefficients(net, 0.4, 0.7)
+    net(build_input()).sum().backward()
+
+    h = plain.stem(build_input())
+    for run_of in (plain.blocks[:2], plain.blocks[2:3], plain.blocks[3:]):
+        previous = h
+        for block in run_of:
+            if isinstance(block, nn.Linear):
+                h = block(h)
+                continue
+            for branch in block.functions():
+                h, previous = branch(h) + 0.4 * h + 0.7 * previous, h
+    plain.head(h.mean(1)).sum().backward()
+    assert relative(gradients(net), gradients(plain)) < 1e-10  # float64
+
+
+def test_a_block_without_a_residual_has_alpha_zero() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    block = torchvision.models.resnet.BasicBlock(4, 4).double().eval()
+    net = nn.Module()
+    net.blocks = nn.Sequential(block, copy.deepcopy(block))
+    plain = copy.deepcopy(net)
+    dr2net.convert(net, inversion="float")
+    dr2net.set_coefficients(net, 0.9, 0.5)
+    x = build_input(2, 4, 6, 6)
+    first = plain.blocks[0](x) + 0.5 * x
+    torch.testing.assert_close(net.blocks(x), plain.blocks[1](first) + 0.5 * x, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_to_convert_names_the_blocks_and_the_remedy() -> None:
+    net = nn.Module()
+    net.layers = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"(?s)layers\.0: no branches are known for blocks of type Linear.*register"):
+        dr2net.convert(net)
+    with pytest.raises(ValueError, match="no nn.Sequential or nn.ModuleList"):
+        dr2net.convert(nn.Linear(2, 2))
+
+
+def test_converting_twice_is_refused_in_any_order() -> None:
+    for first in (dr2net.convert, dr2net.checkpoint_blocks):
+        for second in (dr2net.convert, dr2net.checkpoint_blocks):
+            net = build_net(2)
+            first(net)
+            with pytest.raises(ValueError, match="converted already"):
+                second(net)
+
+
+def test_there_must_be_something_to_undo() -> None:
+    with pytest.raises(ValueError, match="no reversible or checkpointed blocks"):
+        dr2net.deconvert(build_net(2))
+
+
+@pytest.mark.parametrize("target", ["block", "container"])
+def test_hooks_that_would_not_fire_are_refused_and_the_model_left_as_it_was(target: str) -> None:
+    net = build_net(2)
+    module = net.blocks if target == "container" else net.blocks[1]
+    module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        dr2net.convert(net)
+    assert type(net.blocks) is nn.ModuleList
+
+
+def test_the_model_s_own_gradient_checkpointing_is_refused() -> None:
+    model, _ = FAMILIES["vit"]()
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        dr2net.convert(model)
+    model, _ = FAMILIES["videomae"]()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        dr2net.convert(model)
+
+
+def test_a_subclass_with_another_forward_is_not_converted_by_mistake() -> None:
+    class Scaled(ToyBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    net = build_net(2)
+    net.blocks = nn.ModuleList([Scaled(2, 0.0, 0.0, False)])
+    with pytest.raises(ValueError, match="Scaled overrides the forward of ToyBlock"):
+        dr2net.convert(net)
+
+
+def test_branches_that_forget_a_module_are_refused() -> None:
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.forgotten = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.forgotten(self.used(x))
+
+    @dr2net.branches_of.register
+    def _(block: Forgetful):
+        return (dr2net.Branch("only", lambda x: block.forgotten(block.used(x)), (block.used,)),)
+
+    net = nn.Module()
+    net.blocks = nn.Sequential(Forgetful())
+    with pytest.raises(ValueError, match=r"forgotten\.weight"):
+        dr2net.convert(net)
+
+
+def test_train_and_eval_reach_the_blocks() -> None:
+    net = build_net(2)
+    net.eval()
+    dr2net.convert(net)
+    assert not any(m.training for m in net.modules())
+    net.train()
+    assert all(m.training for m in net.modules())
+
+
+def test_hidden_states_that_transformers_collects_by_hooks_are_refused_not_lost() -> None:
+    model, x = FAMILIES["huggingface_vit"]()
+    dr2net.convert(model)
+    with pytest.raises(ValueError, match=r"ViTLayer\) has hooks"):
+        model(x, output_hidden_states=True)
+
+
+def test_what_is_frozen_in_eval_mode_stays_so() -> None:
+    net = build_net(2, batch_norm=True)
+    net.blocks[1].batch_norm.eval()
+    dr2net.convert(net)
+    assert net.blocks.training and not net.blocks[1].batch_norm.training
+    dr2net.deconvert(net)
+    assert net.blocks.training and not net.blocks[1].batch_norm.training
+
+
+def test_intermediate_layers_of_a_timm_model_are_those_of_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model, x = FAMILIES["vit"]()
+    expected = model.forward_intermediates(x)[1]
+    dr2net.convert(model, inversion="float")
+    found = model.forward_intermediates(x)[1]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
