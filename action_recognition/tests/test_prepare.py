@@ -1,0 +1,180 @@
+"""Counting, naming what is missing, opening files, composing, and Kinetics-400 from a mirror on 127.0.0.1."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from action_recognition import prepare
+from action_recognition.compose import Composition, write_dataset
+from action_recognition.data import Data, read_entries
+from action_recognition.prepare import Arguments, check, compose, download_kinetics, main
+from dr2net.training.download import DownloadError
+from dr2net.training.video import write_video
+
+SMALL = Composition(num_classes=4, num_train=30, num_validation=8, size=32, num_frames=(4, 5))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def motion(tmp_path) -> Path:
+    write_dataset(tmp_path / "motion", SMALL, workers=1)
+    return tmp_path / "motion"
+
+
+def test_a_complete_composed_set_passes(motion):
+    found = check(Data(root=motion), workers=1, open_files=True)
+    assert found.problems == [] and found.counts == {"classes": 4, "train": 30, "validation": 8, "videos": 38}
+
+
+def test_missing_videos_are_counted_and_the_first_twenty_named(motion):
+    for number in range(1, 26):
+        (motion / prepare.VIDEO_FOLDER / f"{number}.mp4").unlink()
+    found = check(Data(root=motion), workers=1)
+    assert len(found.problems) == 1
+    assert "25 something-something-v2-train.json: of 30 videos are missing" in found.problems[0]
+    assert ", 20, ..." in found.problems[0] and "21" not in found.problems[0].split("):")[1]
+    assert (motion / "missing_train.txt").read_text().split() == [str(n) for n in range(1, 26)]
+    assert main(Arguments(root=motion)) == 1
+
+
+def test_damaged_videos_are_found_only_by_opening(motion):
+    path = motion / prepare.VIDEO_FOLDER / "5.mp4"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert check(Data(root=motion), workers=1).problems == []
+    (problem,) = check(Data(root=motion), workers=1, open_files=True).problems
+    assert "5.mp4: is cut short" in problem and (motion / "damaged_train.txt").is_file()
+
+
+def test_the_official_counts_are_asked_of_a_set_that_was_not_composed(motion):
+    (motion / "composition.json").unlink()
+    problems = check(Data(root=motion), workers=1).problems
+    assert "train: 30 instead of the official 168913" in problems
+    assert "classes: 4 instead of the official 174" in problems and len(problems) == 4
+
+
+def test_an_absent_set_says_what_to_request(tmp_path, capsys):
+    assert main(Arguments(root=tmp_path)) == 1
+    printed = capsys.readouterr().out
+    assert "accept the licence" in printed and f"scripts/download_ssv2.sh {tmp_path}" in printed
+
+
+def test_composing_twice_writes_once(tmp_path, capsys):
+    for state in ("written", "complete already"):
+        compose(tmp_path / "m", SMALL, workers=1)
+        assert f"38 clips in 4 classes, {state}" in capsys.readouterr().out
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path) -> Iterator[tuple[str, Path]]:
+    """A mirror of two training archives, one of validation and the replacements, as the real one is laid out."""
+    folder = tmp_path / "mirror"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    url = f"http://127.0.0.1:{server.server_port}"
+    write_video_to = tmp_path / "v.mp4"
+    write_video(write_video_to, np.zeros((3, 32, 32, 3), np.uint8), 10)
+
+    def archive(path: Path, names: list[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w:gz") as bundle:
+            for name in names:
+                info = tarfile.TarInfo(f"{name}.mp4")
+                info.size = write_video_to.stat().st_size
+                bundle.addfile(info, io.BytesIO(write_video_to.read_bytes()))
+
+    archive(folder / "train" / "part_0.tar.gz", ["./a_000001_000011"])
+    archive(folder / "train" / "part_1.tar.gz", ["./b_000002_000012"])
+    archive(folder / "val" / "part_0.tar.gz", ["c_000003_000013"])
+    archive(folder / "replacement_for_corrupted_k400.tgz", ["b_000002_000012"])
+    (folder / "annotations").mkdir()
+    for split, rows in (("train", ["x,a,1,11", "y,b,2,12"]), ("val", ["x,c,3,13"])):
+        parts = sorted((folder / split).iterdir())
+        (folder / split / f"k400_{split}_path.txt").write_text("\n".join(f"{url}/{split}/{p.name}" for p in parts))
+        lines = ["label,youtube_id,time_start,time_end,split"] + [f"{row},{split}" for row in rows]
+        (folder / "annotations" / f"{split}.csv").write_text("\n".join(lines))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield url, folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_kinetics_is_fetched_unpacked_checked_and_not_fetched_again(mirror, tmp_path):
+    url, _ = mirror
+    root = tmp_path / "k400"
+    assert main(Arguments(kind="kinetics", root=root, download=True, mirror=url, workers=1)) == 0
+    entries = read_entries(Data(kind="kinetics", root=root, num_classes=2), "train")
+    assert [entry.label for entry in entries] == [0, 1] and "replacement" in entries[1].path
+    assert not list((root / "archives").iterdir())
+    assert download_kinetics(root, mirror=url) == []
+
+
+def test_an_interrupted_kinetics_download_goes_on_with_the_next_archive(mirror, tmp_path):
+    url, folder = mirror
+    hidden = folder / "train" / "part_1.tar.gz"
+    hidden.rename(folder / "hidden")
+    with pytest.raises(DownloadError, match="part_1.tar.gz: the server answers 404"):
+        download_kinetics(tmp_path / "k400", mirror=url)
+    (folder / "hidden").rename(hidden)
+    handled = download_kinetics(tmp_path / "k400", mirror=url)
+    assert [address.rsplit("/", 2)[-2:] for address in handled][0] == ["train", "part_1.tar.gz"] and len(handled) == 3
+
+
+def test_a_dry_run_fetches_nothing(tmp_path, capsys):
+    arguments = Arguments(
+        kind="kinetics", root=tmp_path / "k", download=True, dry_run=True, mirror="http://127.0.0.1:9"
+    )
+    assert main(arguments) == 0
+    assert "would fetch http://127.0.0.1:9/annotations/train.csv" in capsys.readouterr().out
+    assert not (tmp_path / "k").exists()
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_ssv2_script_unpacks_cut_archives_and_names_labels(motion, tmp_path):
+    root = tmp_path / "ssv2"
+    archives = root / "archives"
+    archives.mkdir(parents=True)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as bundle:
+        bundle.add(motion / prepare.VIDEO_FOLDER, prepare.VIDEO_FOLDER)
+    content = buffer.getvalue()
+    for part, piece in enumerate((content[: len(content) // 2], content[len(content) // 2 :])):
+        (archives / f"20bn-something-something-v2-0{part}").write_bytes(piece)
+    import zipfile
+
+    with zipfile.ZipFile(archives / "20bn-something-something-download-package-labels.zip", "w") as bundle:
+        for name in ("train", "validation", "labels"):
+            bundle.write(motion / f"something-something-v2-{name}.json", f"labels/{name}.json")
+    done = script("download_ssv2.sh", str(root))
+    # All steps work; only the official counts are not reached by this small set.
+    assert "4 classes, 30 train, 8 validation, 38 videos" in done.stdout, done.stderr
+    assert json.loads((root / "something-something-v2-labels.json").read_text())["Moving something up"] == "2"
+
+
+def test_the_scripts_have_a_dry_run_and_refuse_unknown_options(tmp_path):
+    done = script("download_ssv2.sh", str(tmp_path / "none"), "--dry-run")
+    assert done.returncode == 0 and "accept the licence" in done.stdout and "would run" in done.stdout, done.stderr
+    for name in ("download_ssv2.sh", "download_kinetics400.sh"):
+        assert script(name, "--frobnicate").returncode == 2
+    assert not (tmp_path / "none").exists()
