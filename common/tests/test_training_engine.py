@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_training import Config, Points, Toy, build_loaders, collate, criterion, evaluate, toy_config, train
 
 import dr2net
@@ -29,8 +30,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def final_weights(config: Config) -> dict[str, torch.Tensor]:
-    return checkpoint.load(results.run_folder(config) / "checkpoint").tensors["model"]
+def final_weights(config: Config, kind: str = "model") -> dict[str, torch.Tensor]:
+    return checkpoint.load(results.run_folder(config) / "checkpoint").tensors[kind]
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -168,6 +169,34 @@ def test_the_coefficients_follow_the_schedule_and_are_restored_for_prediction(tm
     assert (sequence.alpha, sequence.beta) == (0.25, 0.75)
 
 
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    norms = []
+
+    def watch(optimizer, arguments, options):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    for clip_norm in (0.0, 1e-3):
+        config = toy_config(tmp_path / str(clip_norm), {"optimization": {"epochs": 1, "clip_norm": clip_norm}})
+        hook = register_optimizer_step_pre_hook(watch)
+        train(config)
+        hook.remove()
+    assert min(norms[:4]) > 0.01
+    assert norms[4:] == pytest.approx([1e-3] * 4, rel=1e-2)  # clipping divides by norm + 1e-6
+
+
+def test_evaluation_sees_the_averages_and_training_gets_its_weights_back(tmp_path):
+    plain = toy_config(tmp_path / "plain", {"optimization": {"ema_decay": 0.0}})
+    averaged = toy_config(tmp_path / "averaged")
+    records = [train(config) for config in (plain, averaged)]
+    assert_same(final_weights(plain), final_weights(averaged))
+    assert records[0].metrics["val_loss"] != records[1].metrics["val_loss"]
+    model = Toy()
+    checkpoint.load_weights(model, results.run_folder(averaged) / "checkpoint", averaged=False)
+    with torch.no_grad():
+        assert evaluate(model.eval(), build_loaders(plain).val) == records[0].metrics
+
+
 def test_coefficients_belong_to_the_reversible_methods_only():
     assert coefficients(Finetuning(method="conventional"), 0.3) == (None, None)
     assert coefficients(Finetuning(method="reversible"), 0.3) == (0.0, 1.0)
@@ -219,7 +248,8 @@ def test_a_shortened_run_continues_to_the_uninterrupted_result(tmp_path):
     train(whole)
     train(short)
     record = train(replace(short, run=replace(short.run, max_steps=0)))
-    assert_same(final_weights(whole), final_weights(short))
+    for kind in ("model", "optimizer", "ema"):
+        assert_same(final_weights(whole, kind), final_weights(short, kind))
     assert [entry["epoch"] for entry in record.curve] == [1, 2, 2, 3]  # the shortened run evaluated in epoch 2
 
 

@@ -113,11 +113,17 @@ def criterion(outputs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
 def evaluate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     rows = []
     for batch in batches:
-        hits = model(batch).argmax(1) == batch["label"]
-        rows += list(zip(batch["name"], hits.tolist(), strict=True))
-    rows = gather(rows)
-    assert len({name for name, _ in rows}) == len(rows), "a sample was scored twice"
-    return {"accuracy": 100 * sum(hit for _, hit in rows) / len(rows), "num_samples": len(rows)}
+        outputs = model(batch)
+        hits = (outputs.argmax(1) == batch["label"]).tolist()
+        losses = F.cross_entropy(outputs, batch["label"], reduction="none").tolist()
+        rows += list(zip(batch["name"], hits, losses, strict=True))
+    names, hits, losses = zip(*gather(rows), strict=True)
+    assert len(set(names)) == len(names), "a sample was scored twice"
+    return {
+        "accuracy": 100 * sum(hits) / len(names),
+        "num_samples": len(names),
+        "val_loss": sum(losses) / len(names),
+    }
 
 
 def build_loaders(config: Config, num_train: int = 32, num_val: int = 13, bad: int | None = None) -> Loaders:

@@ -16,13 +16,14 @@ Preset = Literal["tiny", "laptop", "paper"]
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How the pretrained backbone is finetuned. Everything below `method` concerns `dr2net` only, except `inversion`."""
+    """How the pretrained backbone is finetuned. `inversion` and the guard concern `reversible` and `dr2net`, the path of
+    the coefficients `dr2net` only."""
 
     method: Method = "dr2net"
     inversion: Literal["exact", "anchored", "float"] = "exact"  # how reversible and dr2net rebuild activations
     path: Literal["constant", "together", "alternating", "alpha_first", "beta_first"] = "constant"
     start: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) at the first step
-    end: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) from progress `until` on; equal to start if constant
+    end: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) from progress `until` on; unused if constant
     until: float = 0.6  # share of the training after which the coefficients rest
     guard_every_epochs: int = 1  # measure the true gradient error on one batch; 0: never
     tolerance: float = 1e-2  # relative gradient error above which the guard speaks

@@ -125,12 +125,15 @@ def key_batches(loader: DataLoader) -> KeyBatches:
     return loader.batch_sampler
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch, however nested in lists and dicts; leave names and numbers."""
+def to_device(batch: dict[str, Any], device: torch.device, *, copy: bool = False) -> dict[str, Any]:
+    """Move the tensors of a batch, however nested in lists and dicts; leave names and numbers.
+
+    copy: make new tensors even where they are on the device already.
+    """
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=True, copy=copy)
         if isinstance(value, dict):
             return {key: move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

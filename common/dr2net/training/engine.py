@@ -129,7 +129,8 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
         """One optimizer step; returns this device's mean losses."""
         means: dict[str, float] = {}
         for index, batch in enumerate(micro_batches):
-            batch = to_device(batch, device)
+            # What is measured is what the step makes: let it make its input too, as `memory.predict` asks for.
+            batch = to_device(batch, device, copy=state["step"] in measured_steps)
             with nullcontext() if index + 1 == accumulation else accelerator.no_sync(parallel):
                 losses = criterion(parallel(batch), batch)
                 numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
@@ -220,6 +221,7 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
                         started = time.perf_counter()
                         metrics = evaluate_now(model, evaluate, loaders, averages, accelerator)
                         seconds["evaluation"] += time.perf_counter() - started
+                        assert not entry.keys() & metrics.keys(), f"a metric is named as a loss: {[*entry, *metrics]}"
                         state["metrics"] = metrics
                         entry |= metrics
                     state["curve"].append(entry)
