@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from dr2net.training import clips
 from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import BrokenVideo, probe, read_frames
+from dr2net.training.video import BrokenVideo, FrameCache
 
 Split = Literal["train", "validation"]
 MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives up
@@ -61,6 +61,9 @@ class Data:
     test_crops: int = 3  # spatial views in the final test, over the long side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    cache_gib: float = (
+        0.0  # decoded videos kept in memory per split and worker; for small sets, where decoding dominates
+    )
     on_broken: Literal["raise", "skip"] = (
         "raise"  # a file that cannot be read: stop, or name it and take another sample
     )
@@ -181,6 +184,7 @@ class Clips:
     def __init__(self, data: Data, split: Split, *, train: bool, segments: int = 1, crops: int = 1) -> None:
         self.data, self.train, self.segments, self.crops = data, train, segments, crops
         self.entries = read_entries(data, split)
+        self.cache = FrameCache(int(data.cache_gib * 2**30))
 
     def __len__(self) -> int:
         return len(self.entries) * (1 if self.train else self.segments * self.crops)
@@ -216,7 +220,7 @@ class Clips:
         for offset in range(min(MAX_REPLACEMENTS, len(self.entries))):
             entry = self.entries[(index + offset) % len(self.entries)]
             try:
-                video = read_clip(self.data, entry.path, rng, view, self.segments, self.crops)
+                video = read_clip(self.data, entry.path, rng, view, self.segments, self.crops, self.cache)
             except (BrokenVideo, OSError) as error:
                 if self.data.on_broken == "raise":
                     raise
@@ -230,20 +234,27 @@ class Clips:
 
 
 def read_clip(
-    data: Data, path: str | Path, rng: np.random.Generator | None, view: int = 0, segments: int = 1, crops: int = 1
+    data: Data,
+    path: str | Path,
+    rng: np.random.Generator | None,
+    view: int = 0,
+    segments: int = 1,
+    crops: int = 1,
+    cache: FrameCache | None = None,
 ) -> Tensor:
     """One clip of a video, (3, T, H, W) float32: augmented with `rng`, else view number `view` of segments x crops.
 
     The file is opened here, in the worker, and closed again. Raises FileNotFoundError or BrokenVideo.
     """
     segment, crop = divmod(view, crops)
-    info = probe(path)
+    cache = cache or FrameCache(0)
+    info = cache.probe(path)
     if data.sampling == "segments":
         indices = clips.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
     else:
         args = (info.timestamps, info.seconds, data.num_frames, data.stride)
         indices = clips.dense_indices(*args, rng, segment, segments)
-    clip = torch.from_numpy(read_frames(path, indices)).permute(0, 3, 1, 2)
+    clip = torch.from_numpy(cache.read_frames(path, indices)).permute(0, 3, 1, 2)
     if rng is None:
         return clips.normalise(clips.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
     clip = clips.random_resized_crop(clip, data.image_size, data.crop_scale, rng)

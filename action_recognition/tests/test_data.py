@@ -309,3 +309,20 @@ def test_own_videos_come_from_folders_or_lists(tmp_path):
         ("val/run/1.mp4", 0),
     ]
     assert next(iter(build_loaders(config(listed)).val))["label"].tolist() == [1, 0]
+
+
+def test_the_cache_changes_no_sample_keeps_its_limit_and_sees_a_changed_file(data, monkeypatch):
+    one_video = LENGTH * SIZE * 48 * 3
+    plain, cached = (
+        Clips(replace(data, **RANDOM, cache_gib=gib), "train", train=True) for gib in (0, 2.5 * one_video / 2**30)
+    )
+    for _ in range(2):
+        for index in range(7):
+            assert torch.equal(plain[(index, 3)][0]["video"], cached[(index, 3)][0]["video"])
+    assert len(cached.cache.videos) == 2
+    (path, _, _), (_, frames) = next(iter(cached.cache.videos.items()))
+    before = frames.copy()
+    index = [entry.path for entry in cached.entries].index(path)
+    write_video(Path(path), 255 - video_of(1), 10)
+    assert torch.equal(plain[(index, 3)][0]["video"], cached[(index, 3)][0]["video"])
+    assert np.array_equal(before, frames)  # augmentation works on copies

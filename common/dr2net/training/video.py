@@ -77,6 +77,43 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
     return _read_av(path, wanted, order)
 
 
+class FrameCache:
+    """`probe` and `read_frames` of files that are read again and again: whole decoded videos in at most `max_bytes`.
+
+    What does not fit is decoded each time; nothing is dropped. A file that changes (time or size) is read anew. Each
+    worker process fills its own. The frames returned are copies.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.bytes_left = max_bytes
+        self.videos: dict[tuple[str, int, int], tuple[VideoInfo, np.ndarray]] = {}
+
+    def probe(self, path: Path | str) -> VideoInfo:
+        """As the function; decodes and keeps the video if it fits."""
+        if self.bytes_left <= 0 and not self.videos:
+            return probe(path)
+        key = self._key(path)
+        if key not in self.videos:
+            info = probe(path)
+            size = info.num_frames * info.height * info.width * 3
+            if size > self.bytes_left:
+                return info
+            self.videos[key] = info, read_frames(path, range(info.num_frames))
+            self.bytes_left -= size
+        return self.videos[key][0]
+
+    def read_frames(self, path: Path | str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As the function, from memory if `probe` kept the video."""
+        kept = self.videos.get(self._key(path)) if self.videos else None
+        return read_frames(path, indices) if kept is None else kept[1][indices]
+
+    def _key(self, path: Path | str) -> tuple[str, int, int]:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such video file; check the data root, or run the task's prepare")
+        status = Path(path).stat()
+        return str(path), status.st_mtime_ns, status.st_size
+
+
 def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 20) -> None:
     """Write uint8 RGB frames (T, H, W, 3) as H.264 mp4; H and W even. The file appears only when it is complete."""
     av = _import("av")
