@@ -16,8 +16,8 @@ Preset = Literal["tiny", "laptop", "paper"]
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How the pretrained backbone is finetuned. `inversion` and the guard concern `reversible` and `dr2net`, the path of
-    the coefficients `dr2net` only."""
+    """How the pretrained backbone is finetuned. `inversion` and the guard concern `reversible` and `dr2net`; the path
+    of the coefficients concerns `dr2net` only."""
 
     method: Method = "dr2net"
     inversion: Literal["exact", "anchored", "float"] = "exact"  # how reversible and dr2net rebuild activations
