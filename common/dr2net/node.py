@@ -78,7 +78,8 @@ class Node:
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
                 stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
-            f = self.branch.function(x.to(self.dtype), *args, **named)
+            # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
+            f = self.branch.function(x.view_as(x).to(self.dtype), *args, **named)
         if f.shape != x.shape:
             raise ValueError(
                 f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
@@ -116,7 +117,7 @@ class DualResidual(torch.autograd.Function):
             # under grad, like the recomputation, because other kernels may be chosen without; the graph is dropped at
             # once
             with torch.enable_grad():
-                f = node.call(x.detach().requires_grad_(), side).detach()
+                f = node.call(x.detach().requires_grad_(ctx.needs_input_grad[1]), side).detach()
         else:
             f = node.call(x.detach(), side)
         _refuse_stateful(node, buffers)
@@ -177,8 +178,7 @@ class DualResidual(torch.autograd.Function):
             t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
         ]
         with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
-            # through views, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
-            f = node.call(x_in.view_as(x_in), [t.view_as(t) for t in side])
+            f = node.call(x_in, [t.view_as(t) for t in side])
 
         if node.exact:
             q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2])
