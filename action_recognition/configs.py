@@ -23,7 +23,7 @@ from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Pr
 
 TINY_WEIGHTS = "action_recognition/weights/tiny.safetensors"  # made by the row shapes_tiny_pretrain, see there
 
-MOTION_TINY = Data(root=Path("data/motion"), num_classes=12, num_frames=8, image_size=64)
+MOTION_TINY = Data(root=Path("data/motion"), num_classes=12, num_frames=8, image_size=64, cache_gib=0.5)
 MOTION_VITS = replace(MOTION_TINY, image_size=70)  # 5 x 5 patches of 14 pixels
 SHAPES_TINY = replace(MOTION_TINY, root=Path("data/shapes"), num_classes=16)
 SSV2 = Data(
@@ -74,7 +74,7 @@ class Config:
 
 
 def motion_tiny(method: Method) -> Config:
-    """The tiny preset: a 1.8 M parameter ViT, pretrained on the shapes task, learns twelve motions.
+    """The tiny preset: a 1.7 M parameter ViT, pretrained on the shapes task, learns twelve motions.
 
     python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
     """

@@ -54,19 +54,13 @@ class Data:
     mixup: float = 0.0  # alpha of the Beta distribution; 0: off
     cutmix: float = 0.0  # the same for cutmix; with both, each is taken for half of the samples
     mix_probability: float = 1.0  # share of samples that are mixed, if mixup or cutmix is on
-    repeats: int = (
-        1  # repeated augmentation: samples made of each drawn video; a forward has micro_batch x repeats samples
-    )
+    repeats: int = 1  # repeated augmentation: samples per drawn video; a forward has micro_batch x repeats
     test_segments: int = 2  # temporal views in the final test
     test_crops: int = 3  # spatial views in the final test, over the long side
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    cache_gib: float = (
-        0.0  # decoded videos kept in memory per split and worker; for small sets, where decoding dominates
-    )
-    on_broken: Literal["raise", "skip"] = (
-        "raise"  # a file that cannot be read: stop, or name it and take another sample
-    )
+    cache_gib: float = 0.0  # decoded videos kept in memory, per split and worker; helps small sets
+    on_broken: Literal["raise", "skip"] = "raise"  # an unreadable file: stop, or name it and take another
 
 
 class Entry(NamedTuple):

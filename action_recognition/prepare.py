@@ -1,11 +1,11 @@
 """Check a data set, write a composed one, or download what can be downloaded.
 
-    python -m action_recognition.prepare --tiny                                # 12 motions, real mp4 files, in
-    data/motion python -m action_recognition.prepare --tiny --variant shapes   # the pretraining task, in
-    data/shapes python -m action_recognition.prepare --kind ssv2 --root data/ssv2          # counts, names what is
-    missing; --probe opens all python -m action_recognition.prepare --kind kinetics --root data/kinetics400 --download
+    python -m action_recognition.prepare --tiny                      # 12 motions, real mp4 files, in data/motion
+    python -m action_recognition.prepare --tiny --variant shapes     # the pretraining task, in data/shapes
+    python -m action_recognition.prepare --kind ssv2 --probe         # count, name what is missing, open every file
+    python -m action_recognition.prepare --kind kinetics --download
 
-The exit status is 0 only if everything is there. Something-Something v2 needs a licence, so `--download` says what to
+The exit status is 0 only if everything is there. Something-Something v2 needs a licence: `--download` says what to
 request.
 """
 
@@ -213,6 +213,6 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        sys.exit(main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))))
+        sys.exit(main(tyro.cli(Arguments, description=__doc__.splitlines()[0], config=(tyro.conf.OmitArgPrefixes,))))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"prepare: {error}")
