@@ -13,7 +13,7 @@ checksum per channel finds a branch for which this is not so. (2) m = floor(beta
 0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing wraps: every q_i is
 measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <= Q all streams of N
 branches stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's range. (4) Products
-below are of a quotient with its divisor's partner, no larger than the stream, or of two numbers below 2^15.
+below are of a quotient with its divisor's partner, no larger than the stream, or of two numbers up to 2^11.
 
 The integers have the width of the stream's floats: int32 for float32, int64 for float64. The grid is a power of two per
 sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, so scaling by it is exact, a sample's
@@ -48,13 +48,13 @@ class Stream(NamedTuple):
 def rational(beta: float | Fraction) -> Fraction:
     """The beta that is computed with: a Fraction as it is, a float as the nearest multiple of 1/1024.
 
-    Raises ValueError outside [0, 1] and for denominators over 2**15.
+    Raises ValueError outside [0, 1] and for denominators over 2**11.
     """
     if not isinstance(beta, Fraction) and math.isfinite(beta):
         beta = Fraction(round(float(beta) * DENOMINATOR), DENOMINATOR)
-    if not isinstance(beta, Fraction) or not 0 <= beta <= 1 or beta.denominator > 2**15:
+    if not isinstance(beta, Fraction) or not 0 <= beta <= 1 or beta.denominator > 2**11:
         raise ValueError(
-            f"exact inversion needs 0 <= beta <= 1 with a denominator of at most 2**15, not {beta}; "
+            f"exact inversion needs 0 <= beta <= 1 with a denominator of at most 2**11, not {beta}; "
             "use inversion='anchored' or 'float' for other values"
         )
     return beta
@@ -114,7 +114,7 @@ def step(q: Tensor, previous: Tensor, beta: Fraction) -> tuple[Tensor, Tensor | 
     part.mul_(beta.numerator)
     carry, part = _divide(part, beta.denominator)  # num n = den m + part
     q.add_(whole.mul_(beta.numerator)).add_(carry)
-    return q, part.div_(beta.numerator, rounding_mode="floor")
+    return q, _divide_small(part, beta.numerator)
 
 
 def invert(q: Tensor, following: Tensor, remainder: Tensor | None, beta: Fraction) -> Tensor:
@@ -125,8 +125,8 @@ def invert(q: Tensor, following: Tensor, remainder: Tensor | None, beta: Fractio
     assert remainder is not None and beta > 0
     if beta.numerator > 1:
         whole, part = _divide(m, beta.numerator)
-        part.mul_(beta.denominator).add_(beta.numerator - 1).div_(beta.numerator, rounding_mode="floor")
-        m = whole.mul_(beta.denominator).add_(part)
+        part.mul_(beta.denominator).add_(beta.numerator - 1)
+        m = whole.mul_(beta.denominator).add_(_divide_small(part, beta.numerator))
     else:
         m.mul_(beta.denominator)
     return m.add_(remainder)
@@ -175,5 +175,12 @@ def _divide(n: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Floor division with remainder, both new tensors; by shifting where the divisor is a power of two."""
     if divisor & (divisor - 1) == 0:
         return n >> (divisor.bit_length() - 1), n & (divisor - 1)
-    quotient = torch.div(n, divisor, rounding_mode="floor")
-    return quotient, n - quotient * divisor
+    quotient = torch.div(n, divisor, rounding_mode="trunc")  # three times as fast as "floor"
+    part = torch.sub(n, quotient, alpha=divisor)
+    negative = part >> torch.iinfo(part.dtype).bits - 1  # -1 where truncation went up, else 0
+    return quotient.add_(negative), part.sub_(negative, alpha=divisor)
+
+
+def _divide_small(n: Tensor, divisor: int) -> Tensor:
+    """Floor division of integers 0 <= n < 2^23, exact in float32: n / divisor misses an integer by 2^-23 of it or more."""
+    return n.to(torch.float32).div_(divisor).floor_().to(n.dtype)
