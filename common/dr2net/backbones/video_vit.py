@@ -130,10 +130,10 @@ def build_image_vit(
 
 
 def build_tiny_vit(*, image_size: int, drop_path: float = 0.0) -> VisionTransformer:
-    """This project's 1.8 million parameter ViT for tables in minutes, at random."""
+    """This project's 1.7 million parameter ViT for tables in minutes, at random; 4 x 4 patches."""
     image = VisionTransformer(
         img_size=image_size,
-        patch_size=16,
+        patch_size=image_size // 4,
         embed_dim=128,
         depth=8,
         num_heads=4,
