@@ -42,10 +42,7 @@ class Data:
     image_size: int = 224  # H = W of a clip
     sampling: Literal["segments", "dense"] = "segments"  # TSN over the whole video, or a dense piece of it
     stride: int = 4  # dense: frame durations from one sampled frame to the next
-    crop_scale: tuple[float, float] = (
-        1.0,
-        1.0,
-    )  # share of the area that random resized crop keeps; (0.08, 1) in VideoMAE
+    crop_scale: tuple[float, float] = (1.0, 1.0)  # share of the area kept by random crops; (0.08, 1) in VideoMAE
     flip: bool = False  # mirror half of the clips; never where "left" and "right" are classes
     rand_augment: int = 0  # operations of RandAugment per clip; 4 in VideoMAE, 0: off
     rand_augment_magnitude: int = 7  # of 30
