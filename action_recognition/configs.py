@@ -74,7 +74,7 @@ class Config:
 
 
 def motion_tiny(method: Method) -> Config:
-    """The tiny preset: a 1.7 M parameter ViT, pretrained on the shapes task, learns twelve motions.
+    """The tiny preset: a 1.8 M parameter ViT, pretrained on the shapes task, learns twelve motions.
 
     python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
     """
