@@ -90,7 +90,8 @@ def decode(n: Tensor, grid: Tensor) -> Tensor:
 
 def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor) -> tuple[Tensor, Tensor]:
     """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each."""
-    scaled = torch.add(f, x, alpha=alpha).div_(grid).round_()
+    # into x's memory layout, so that a rebuilt stream has the layout of the first one and kernels add in the same order
+    scaled = torch.add(f, x, alpha=alpha, out=torch.empty_like(x)).div_(grid).round_()
     return scaled.to(INTEGER[x.dtype]), magnitude(scaled)
 
 
