@@ -1,6 +1,6 @@
 """Make the weights of the tiny preset: a small video ViT learns where an object is and how it moves.
 
-    python -m scripts.pretrain_tiny --seconds 300
+    python -m scripts.pretrain_tiny
 
 Another task than the one it is finetuned on: clips are drawn as tensors, without end and without files (a wavy blob of
 random texture before a random background, shifting, growing and turning all at once), and the targets are dense: the
@@ -81,8 +81,9 @@ def main() -> None:
     to_rates = nn.Linear(backbone.width, 4)
     modules = nn.ModuleList([backbone, norm, to_mask, to_rates])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=0.0, weight_decay=0.05, betas=(0.9, 0.98))
-    start, step = time.perf_counter(), 0
-    while (progress := (time.perf_counter() - start) / arguments.seconds) < 1:
+    start = time.perf_counter()
+    for step in range(1, arguments.steps + 1):
+        progress = step / arguments.steps
         rate = LEARNING_RATE * min(progress / 0.03, 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -95,7 +96,6 @@ def main() -> None:
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
         if step % 25 == 0:
             spread = float(rates.var())
             print(
@@ -104,7 +104,7 @@ def main() -> None:
             )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half() for name, value in backbone.state_dict().items()}, arguments.output)
-    print(f"{arguments.output}: {step * BATCH} clips, {arguments.output.stat().st_size / 1e6:.1f} MB")
+    print(f"{arguments.output}: {arguments.steps * BATCH} clips, {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
