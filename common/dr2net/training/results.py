@@ -33,6 +33,7 @@ Status = Literal["reproduced", "partial", "tiny", "not run"]
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "transformers", "accelerate", "safetensors")
 SHARED = ("row", "task", "method", "preset")  # facts that all runs of a row have in common
 PRESENTATION = ("dr2net/cli.py", "dr2net/training/log.py", "dr2net/training/tables.py")  # change no number
+CHANGES = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)results")  # Records are no change of code
 # Fields of `run` that change neither numbers nor measurements.
 INCIDENTAL = ("output", "num_workers", "save_every_steps", "log_every_steps", "resume")
 
@@ -242,14 +243,14 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The commit of the sources, with `+changes` when the tree differs from it; "unknown" outside git."""
+    """The commit of the sources, with `+changes` when tracked files outside results/ differ from it; "unknown" outside git."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git(*CHANGES) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
