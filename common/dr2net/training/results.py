@@ -243,7 +243,7 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The commit of the sources, with `+changes` when tracked files outside results/ differ from it; "unknown" outside git."""
+    """The commit of the sources; "unknown" outside git. `+changes`: tracked files outside results/ differ from it."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
