@@ -56,7 +56,7 @@ def convert(
     converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
     is on.
     """
-    sequences, ordinary, inside = [], [], 0
+    sequences, ordinary, inside = [], [], set()
     found = list(_containers(model))
     containers = {}
     for parent, attribute, name, container in found:
@@ -65,19 +65,21 @@ def convert(
             container, inversion=inversion, anchor_every=anchor_every, tolerance=tolerance, store=store
         )
         blocks = 0
-        for child, block in container.named_children():
+        for child, block in container._modules.items():
             branches, reason = find_branches(block)
             if not branches:
                 ordinary.append((f"{name}.{child}", reason))
                 continue
             _check(block, f"{name}.{child}", [p for branch in branches for m in branch.modules for p in m.parameters()])
             blocks += 1
-            inside += sum(p.numel() for p in block.parameters())
+            inside.update(block.parameters())
         sequences.append((name, blocks, sequence.num_branches()))
         containers[parent, attribute] = sequence
     for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
         parent._modules[attribute] = sequence
-    return Report(tuple(sequences), tuple(ordinary), inside, sum(p.numel() for p in model.parameters()))
+    return Report(
+        tuple(sequences), tuple(ordinary), sum(p.numel() for p in inside), sum(p.numel() for p in model.parameters())
+    )
 
 
 def deconvert(model: nn.Module) -> None:
@@ -90,7 +92,7 @@ def deconvert(model: nn.Module) -> None:
         for name, child in list(module._modules.items()):
             if isinstance(child, ReversibleSequence):
                 container = child.container_type()
-                for block_name, block in child.named_children():
+                for block_name, block in child._modules.items():
                     container.add_module(block_name, block)
                 container.training = child.training
                 module._modules[name] = container

@@ -60,7 +60,7 @@ class ReversibleSequence(nn.Module):
             raise ValueError(f"inversion must be one of {get_args(Inversion)}, not {inversion!r}")
         if anchor_every is not None and (inversion != "anchored" or anchor_every < 1):
             raise ValueError(f"anchor_every={anchor_every} needs inversion='anchored' and a value of at least 1")
-        for name, block in container.named_children():
+        for name, block in container._modules.items():  # a block that stands there twice runs twice
             self.add_module(name, block)
         self.container_type = type(container)
         self.inversion = inversion
@@ -86,7 +86,7 @@ class ReversibleSequence(nn.Module):
                     f"a reversible sequence of {len(self)} blocks runs as a whole; cut it before converting"
                 )
             return self
-        return list(self.children())[index]
+        return list(self._modules.values())[index]
 
     @torch.compiler.disable
     def __iter__(self) -> "Iterator[_Step]":
@@ -103,7 +103,7 @@ class ReversibleSequence(nn.Module):
 
     def num_branches(self) -> int:
         """Branches of all blocks together."""
-        return sum(len(find_branches(block)[0]) for block in self.children())
+        return sum(len(find_branches(block)[0]) for block in self._modules.values())
 
     def extra_repr(self) -> str:
         return f"inversion={self.inversion!r}, alpha={float(self.alpha):.4g}, beta={float(self.beta):.4g}"
@@ -122,7 +122,7 @@ class _Step:
     """One block inside one pass; everything but calling it is the block's own."""
 
     def __init__(self, sequence_pass: "_Pass", index: int) -> None:
-        self._pass, self._index = sequence_pass, index
+        self.__dict__.update(_pass=sequence_pass, _index=index)
 
     def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         return self._pass.step(self._index, x, args, named)
@@ -130,13 +130,16 @@ class _Step:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pass.sequence[self._index], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._pass.sequence[self._index], name, value)
+
 
 class _Pass:
     """One forward pass through a sequence: the two streams, carried from block to block."""
 
     def __init__(self, sequence: ReversibleSequence) -> None:
         self.sequence = sequence
-        self.blocks = list(sequence.named_children())
+        self.blocks = list(sequence._modules.items())
         self.branches = [find_branches(block)[0] for _, block in self.blocks]
         for (name, block), branches in zip(self.blocks, self.branches, strict=True):
             if branches:
@@ -244,13 +247,16 @@ class _Pass:
 
     def _stored(self, node: Node, side: list[Tensor]) -> Any:
         """The same arithmetic under plain autograd; on the grid, the gradient passes straight through the rounding."""
-        if not self.exact:
-            return coupling.step(node.call(self.x, side), self.x, self.previous, node.alpha, node.beta)
-        x = self.x
+        x, previous = self.x, self.previous
         if node.index == 0:
-            x = exact.decode(self.n, self.grid) + (x - x.detach())
+            previous = x.view_as(x)
+            if self.exact:
+                x = exact.decode(self.n, self.grid) + (x - x.detach())
+        x = x.view_as(x)  # with the view above: gradients are summed in the order in which nodes return theirs
+        if not self.exact:
+            return coupling.step(node.call(x, side), x, previous, node.alpha, node.beta)
         f = node.call(x, side)
-        smooth = coupling.step(f, x, self.previous, node.alpha, float(node.beta))
+        smooth = coupling.step(f, x, previous, node.alpha, float(node.beta))
         q, size = exact.quantise(f.detach(), x.detach(), node.alpha, self.grid)
         n, _ = exact.step(q, self.n_previous, node.beta)
         return exact.decode(n, self.grid) + (smooth - smooth.detach()), n, size

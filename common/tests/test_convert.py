@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_zoo import FAMILIES, run
 from torch import Tensor, nn
-from toy_blocks import ToyBlock, build_input, build_net, gradients, relative
+from toy_blocks import ToyBlock, build_input, build_net, gradients, relative, stored
 
 import dr2net
 
@@ -237,6 +237,30 @@ def test_hidden_states_that_transformers_collects_by_hooks_are_refused_not_lost(
     dr2net.convert(model)
     with pytest.raises(ValueError, match=r"ViTLayer\) has hooks"):
         model(x, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("inversion", ["float", "exact"])
+def test_a_block_that_stands_twice_in_its_container_runs_twice(inversion: str) -> None:
+    net = build_net(3)
+    net.blocks[2] = net.blocks[0]
+    plain, keys = copy.deepcopy(net), list(net.state_dict())
+    report = dr2net.convert(net, inversion=inversion)
+    assert report.sequences == (("blocks", 3, 6),) and list(net.state_dict()) == keys
+    dr2net.set_coefficients(net, 0.5, 0.5)
+    net(build_input()).square().sum().backward()
+    stored(plain, build_input(), 0.5, 0.5).square().sum().backward()
+    assert relative(gradients(net), gradients(plain)) < 1e-8  # float64, and the grid of 2^-40
+    dr2net.deconvert(net)
+    assert list(net.state_dict()) == keys
+
+
+def test_attributes_set_while_iterating_reach_the_blocks() -> None:
+    net = build_net(2)
+    dr2net.convert(net)
+    for block in net.blocks:
+        block.dropout = 0.5
+        assert block.num_branches == 2
+    assert [block.dropout for block in net.blocks.children()] == [0.5, 0.5]
 
 
 def test_what_is_frozen_in_eval_mode_stays_so() -> None:
