@@ -12,6 +12,8 @@ from action_recognition.head import MeanPoolHead, build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
 from dr2net.training.config import METHODS
 from dr2net.training.method import apply_method
+from dr2net.training.plan import plan_row, publish_plan
+from dr2net.training.results import publish
 
 
 def tiny(**changes) -> Config:
@@ -81,6 +83,19 @@ def test_weights_of_another_model_and_missing_files_are_named(tmp_path):
         build_model(tiny(model=Model(weights=str(tmp_path / "other.safetensors"))))
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         build_model(tiny(model=Model(weights=str(tmp_path / "absent.safetensors"))))
+
+
+def test_a_planned_row_is_not_run_and_never_replaces_a_real_one(tmp_path):
+    config = tiny(model=Model(weights=None, depth=None))
+    criterion = build_criterion(num_classes=12, label_smoothing=0.0)
+    record = plan_row(config, build_model(config), criterion, lambda: example_batch(config))
+    assert (record.status, record.metrics, record.memory["source"]) == ("not run", {}, "predicted")
+    assert record.memory["peak"] > record.memory["parameters"] > 1e6
+    path = publish_plan(record, tmp_path)
+    assert publish_plan(record, tmp_path) == path
+    publish([replace(record, status="tiny")], tmp_path)
+    with pytest.raises(ValueError, match="real runs"):
+        publish_plan(record, tmp_path)
 
 
 def test_the_committed_weights_fit_the_tiny_row_and_are_small(monkeypatch):
