@@ -111,6 +111,7 @@ class DualResidual(torch.autograd.Function):
                 "dtype": torch.get_autocast_dtype(device),
                 "enabled": torch.is_autocast_enabled(device),
             }
+        ctx.set_materialize_grads(False)  # else the integer stream gets a gradient of zeros, as large as itself
         states = rng.record(x) if node.recording else {}
         buffers = _buffer_versions(node.branch)
         if node.exact and node.recording:
@@ -173,6 +174,7 @@ class DualResidual(torch.autograd.Function):
                 )
         needs = ctx.needs_input_grad[6:]
         x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
+        grad = torch.zeros_like(x) if grad is None else grad
         x_in = x.detach().requires_grad_(ctx.needs_input_grad[1])
         side = [
             t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
@@ -187,6 +189,7 @@ class DualResidual(torch.autograd.Function):
         if node.inverts and node.exact:
             remainder = exact.unpack(packed, exact.remainder_bits(node.beta), q) if packed is not None else None
             tape.streams = (streams[1], exact.invert(q, streams[0], remainder, node.beta), streams[2])
+            del q, remainder
         elif node.inverts:
             out = streams[0] if owned else None
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
