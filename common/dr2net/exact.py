@@ -183,5 +183,5 @@ def _divide(n: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 
 
 def _divide_small(n: Tensor, divisor: int) -> Tensor:
-    """Floor division of integers 0 <= n < 2^23, exact in float32: n / divisor misses an integer by 2^-23 of it or more."""
+    """Floor division of integers 0 <= n < 2^23, exact in float32, whose quotient errs by less than 1 / divisor."""
     return n.to(torch.float32).div_(divisor).floor_().to(n.dtype)
