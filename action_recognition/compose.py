@@ -2,8 +2,8 @@
 
     write_dataset(Path("data/motion"), Composition())
 
-`motion`: classes in which only the motion decides (dr2net.training.motion). `shapes`: another task, for pretraining:
-which of four shapes does which of four kinds of motion, whatever the direction; other seeds and other objects.
+Its classes are those of dr2net.training.motion, in which only the motion decides. Training and validation share no
+object.
 Deterministic in the seed. Not Something-Something: it only borrows the layout, so that the same reader, recipe and
 metric run on it.
 """
@@ -15,15 +15,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from dr2net.training.motion import MOTIONS, render_clip
-from dr2net.training.sprites import SHAPES, Group
+from dr2net.training.sprites import Group
 from dr2net.training.video import write_video
 
-VERSION = 1  # raise it when a change of the renderer changes the files
+VERSION = 2  # raise it when a change of the renderer changes the files
 VIDEO_FOLDER = "20bn-something-something-v2"
 STAMP = "composition.json"  # written last: its presence says that the data set is complete
 
@@ -38,15 +37,6 @@ TEMPLATES = {
     "turning counter-clockwise": "Turning [something] counter-clockwise",
     "bouncing": "Bouncing [something]",
     "shaking": "Shaking [something]",
-    "hiding": "Moving [something] behind [something]",
-    "appearing": "Moving [something] out from behind [something]",
-}
-SHAPES_OF_PRETRAINING = ("disc", "triangle", "star", "cross")
-AXES = {
-    "sideways": ("moving left", "moving right"),
-    "up or down": ("moving up", "moving down"),
-    "closer or away": ("approaching", "receding"),
-    "in a turn": ("turning clockwise", "turning counter-clockwise"),
 }
 
 
@@ -54,8 +44,7 @@ AXES = {
 class Composition:
     """What to write. The files are a function of these values alone."""
 
-    variant: Literal["motion", "shapes"] = "motion"
-    num_classes: int = 12  # the first so many motions; 8 are four pairs of time reversals. `shapes` always has 16
+    num_classes: int = 10  # the first so many motions; 8 are four pairs of time reversals
     num_train: int = 480
     num_validation: int = 200
     size: int = 98  # height and width in pixels, even
@@ -73,9 +62,7 @@ class Composition:
 
     def templates(self) -> list[str]:
         """One template per class, in the order of the class indices."""
-        if self.variant == "motion":
-            return [TEMPLATES[motion] for motion in list(MOTIONS)[: self.num_classes]]
-        return [f"Moving [something] {axis}: {shape}" for shape in SHAPES_OF_PRETRAINING for axis in AXES]
+        return [TEMPLATES[motion] for motion in list(MOTIONS)[: self.num_classes]]
 
 
 def write_dataset(
@@ -143,17 +130,15 @@ def _clips(composition: Composition) -> list[tuple[str, str, int]]:
 
 
 def _render(composition: Composition, split: str, number: int, label: int) -> tuple[np.ndarray, str]:
-    """One clip. Its key starts with seed, variant and split, so none shares a generator with another."""
-    key = (composition.seed, int(composition.variant == "shapes"), int(split == "validation"), number)
-    if composition.variant == "shapes":
-        shape, axis = divmod(label, len(AXES))
-        motion = list(AXES.values())[axis][int(np.random.default_rng((*key, 1)).integers(2))]
-        shapes: tuple[str, ...] = (SHAPES_OF_PRETRAINING[shape],)
-        group: Group = "pretraining"
-    else:
-        motion, shapes, group = list(MOTIONS)[label], SHAPES, "train" if split == "train" else "validation"
-    size, num_frames = composition.size, composition.num_frames
-    return render_clip(motion, key=key, group=group, size=size, num_frames=num_frames, shapes=shapes)
+    """One clip. Its key starts with seed and split, so none shares a generator with another."""
+    group: Group = "train" if split == "train" else "validation"
+    return render_clip(
+        list(MOTIONS)[label],
+        key=(composition.seed, int(split == "validation"), number),
+        group=group,
+        size=composition.size,
+        num_frames=composition.num_frames,
+    )
 
 
 def _write_clip(job: tuple[Path, Composition, str, str, int]) -> dict:
@@ -162,11 +147,8 @@ def _write_clip(job: tuple[Path, Composition, str, str, int]) -> dict:
     frames, thing = _render(composition, split, int(name), label)
     write_video(root / VIDEO_FOLDER / f"{name}.mp4", frames, composition.fps)
     template = composition.templates()[label]
-    placeholders = [f"a {thing}", "a pillar"][: template.lower().count("[something]")]
-    text = template
-    for placeholder in placeholders:
-        text = text.replace("[something]", placeholder, 1).replace("[Something]", placeholder, 1)
-    return {"id": name, "label": text.lower(), "template": template, "placeholders": placeholders}
+    text = template.replace("[something]", f"a {thing}").replace("[Something]", f"a {thing}")
+    return {"id": name, "label": text.lower(), "template": template, "placeholders": [f"a {thing}"]}
 
 
 def _write_json(path: Path, value: object) -> None:

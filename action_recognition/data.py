@@ -37,7 +37,7 @@ class Data:
 
     kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout, see `find_videos`
     root: Path = Path("data/motion")
-    num_classes: int = 12  # must be what the label file has
+    num_classes: int = 10  # must be what the label file has
     num_frames: int = 16  # T of a clip
     image_size: int = 224  # H = W of a clip
     sampling: Literal["segments", "dense"] = "segments"  # TSN over the whole video, or a dense piece of it

@@ -1,6 +1,7 @@
-"""The learned, task-specific part: pooled tokens to class scores, the loss, and the merging of views.
+"""The learned, task-specific part: tokens to class scores, the loss, and the merging of views.
 
-    logits = Linear(dropout(LayerNorm(mean over tokens)))          # the head with which VideoMAE is finetuned
+    logits = Linear(dropout(LayerNorm(mean over tokens)))          # MeanHead: the head with which VideoMAE is finetuned
+    logits = Linear(dropout(LayerNorm(all tokens' Linear(LayerNorm(token)))))     # GridHead: keeps where and when
     loss   = - sum_k t_k log softmax(logits)_k                     # t: one-hot or mixed labels, smoothed
 
 Not here: mixup and cutmix themselves, which the loader draws (`data.py`).
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class MeanPoolHead(nn.Module):
+class MeanHead(nn.Module):
     """Tokens (B, N, D) -> logits (B, K). The linear layer starts small, so that first predictions are near uniform."""
 
     def __init__(self, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
@@ -26,6 +27,28 @@ class MeanPoolHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.linear(self.dropout(self.norm(tokens.mean(dim=1))))
+
+
+class GridHead(nn.Module):
+    """Tokens (B, N, D) -> logits (B, K): `channels` numbers of each token, then one linear map of all N x channels.
+
+    An image network's tokens say what is where; only a head that knows a token's place and time can read a motion off
+    them after a few hundred steps. For clips of one fixed size.
+    """
+
+    def __init__(self, width: int, num_tokens: int, num_classes: int, *, channels: int = 8, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.reduce = nn.Linear(width, channels)
+        self.grid_norm = nn.LayerNorm(num_tokens * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(num_tokens * channels, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        grid = self.reduce(self.norm(tokens)).flatten(1)  # (B, N * channels)
+        return self.linear(self.dropout(self.grid_norm(grid)))
 
 
 def build_criterion(*, num_classes: int, label_smoothing: float) -> Callable[[dict, dict], dict[str, Tensor]]:

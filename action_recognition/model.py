@@ -1,4 +1,4 @@
-"""A video backbone and a mean-pool head: model(batch) -> {"logits": (B, K)}.
+"""A video backbone and a head: model(batch) -> {"logits": (B, K)}.
 
     model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalised
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from action_recognition.configs import Config
-from action_recognition.head import MeanPoolHead
+from action_recognition.head import GridHead, MeanHead
 from dr2net.training.checkpoint import load_weights, refuse_non_finite
 
 
@@ -42,8 +42,10 @@ def build_model(config: Config) -> ActionRecognizer:
     """The row's network with its pretrained backbone. ValueError if weights are unreachable, do not fit or hold NaN."""
     backbone = _build_backbone(config)
     refuse_non_finite(backbone.state_dict(), f"pretrained weights of {config.model.name}")
-    head = MeanPoolHead(backbone.width, config.data.num_classes, dropout=config.model.dropout)
-    return ActionRecognizer(backbone, head)
+    width, num_classes, dropout = backbone.width, config.data.num_classes, config.model.dropout
+    if config.model.head == "grid":
+        return ActionRecognizer(backbone, GridHead(width, backbone.num_tokens, num_classes, dropout=dropout))
+    return ActionRecognizer(backbone, MeanHead(width, num_classes, dropout=dropout))
 
 
 def without_weights(config: Config) -> Config:

@@ -1,7 +1,6 @@
 """Check a data set, write a composed one, or download what can be downloaded.
 
-    python -m action_recognition.prepare --tiny                      # 12 motions, real mp4 files, in data/motion
-    python -m action_recognition.prepare --tiny --variant shapes     # the pretraining task, in data/shapes
+    python -m action_recognition.prepare --tiny                      # 10 motions, real mp4 files, in data/motion
     python -m action_recognition.prepare --kind ssv2 --probe         # count, name what is missing, open every file
     python -m action_recognition.prepare --kind kinetics --download
 
@@ -39,7 +38,7 @@ Something-Something v2 (about 20 GB) is given out by Qualcomm under a licence fo
 class Arguments:
     """See the module's docstring."""
 
-    root: Path | None = None  # default: data/motion, data/shapes, data/ssv2 or data/kinetics400
+    root: Path | None = None  # default: data/motion, data/ssv2 or data/kinetics400
     kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout to check or download
     tiny: bool = False  # write the composed data set of `composition`
     composition: Composition = field(default_factory=Composition)
@@ -136,7 +135,7 @@ def main(arguments: Arguments) -> int:
     """Do what is asked; returns the exit status."""
     defaults = {"kinetics": Path("data/kinetics400"), "ssv2": Path("data/ssv2")}
     if arguments.tiny:
-        root = arguments.root or Path("data") / arguments.composition.variant
+        root = arguments.root or Path("data/motion")
         compose(root, arguments.composition, workers=arguments.workers)
         if arguments.sheet is not None:
             write_contact_sheet(arguments.sheet, arguments.composition)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from action_recognition.configs import Config, Model, row
-from action_recognition.head import MeanPoolHead, build_criterion
+from action_recognition.head import MeanHead, build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
 from dr2net.training.config import METHODS
 from dr2net.training.method import apply_method
@@ -72,7 +72,7 @@ def test_the_loss_of_hard_labels_is_that_of_their_one_hot_targets_and_is_smoothe
 def test_the_loss_is_float32_under_autocast():
     criterion = build_criterion(num_classes=4, label_smoothing=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = {"logits": MeanPoolHead(8, 4)(torch.randn(2, 3, 8))}
+        outputs = {"logits": MeanHead(8, 4)(torch.randn(2, 3, 8))}
         assert outputs["logits"].dtype == torch.bfloat16
         assert criterion(outputs, {"label": torch.tensor([0, 1])})["classification"].dtype == torch.float32
 

@@ -54,12 +54,7 @@ def test_an_unknown_flag_stops_the_command(capsys):
         parse_config(row, ["motion_tiny_dr2net", "--optimization.epoch", "2"])
 
 
-def test_a_row_that_is_not_finetuning_has_no_method():
-    with pytest.raises(ValueError, match="shapes_tiny_pretrain"):
-        with_method("shapes_tiny_pretrain", "dr2net")
-
-
-@pytest.mark.parametrize("name", ["motion_tiny_dr2net", "k400_vitb_frozen", "shapes_tiny_pretrain"])
+@pytest.mark.parametrize("name", ["motion_tiny_dr2net", "k400_vitb_frozen"])
 def test_a_config_survives_the_checkpoint(tmp_path, name, monkeypatch):
     import json
 

@@ -200,8 +200,13 @@ class DualResidual(torch.autograd.Function):
         del streams, saved, packed
 
         wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
-        found = iter(torch.autograd.grad(f, wanted, grad.to(f.dtype), allow_unused=True) if f.requires_grad else ())
-        del f
+        if f.requires_grad:
+            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
+            del f  # its values are not needed to differentiate it
+            found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
+            del edge, grad_f
+        else:
+            found = iter(())
         results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
         grad_x, grad_previous = results[0], None
         if x_in.requires_grad:

@@ -41,6 +41,7 @@ class VideoViT(nn.Module):
         patch = projection.kernel_size
         self.num_frames, self.image_size = num_frames, image.patch_embed.img_size
         self.num_times, self.width = num_frames // tubelet, image.embed_dim
+        self.num_tokens = self.num_times * image.patch_embed.num_patches  # handed out per clip
         self.patch_embed = nn.Conv3d(3, self.width, (tubelet, *patch), stride=(tubelet, *patch))
         with torch.no_grad():
             self.patch_embed.weight.copy_(projection.weight[:, :, None].expand(-1, -1, tubelet, -1, -1) / tubelet)

@@ -32,6 +32,7 @@ class VideoMAE(nn.Module):
         size = model.config.image_size
         self.num_frames, self.width = model.config.num_frames, model.config.hidden_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.num_tokens = model.embeddings.position_embeddings.shape[1]  # handed out per clip
         self.patch_embed = model.embeddings.patch_embeddings.projection
         # transformers keeps the fixed sine table as a plain attribute, which neither .to() nor fake tensors reach
         self.register_buffer("position_embed", model.embeddings.position_embeddings.clone(), persistent=False)

@@ -2,9 +2,9 @@
 
     frames, name = render_clip("moving left", key=(seed, 7), group="train", size=98)
 
-Each clip has a pillar (the object may pass behind or before it), a slight camera drift, a brightness flicker and
-sensor noise. Position, size, angle, speed and objects are drawn alike for all classes. Five pairs of classes are time
-reversals of each other: the clip of "moving left" *is* the clip of "moving right" with the same key, played backwards,
+Each clip has a slight brightness flicker and sensor noise. Position, size, angle, speed, object and background are
+drawn alike for all classes. Four pairs of classes are time reversals of each other: the clip of "moving left" *is* the
+clip of "moving right" with the same key, played backwards,
 so no single frame, and no unordered set of frames, tells the two apart. Everything is a pure function of the key. Pure
 numpy and Pillow.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dr2net.training.sprites import SHAPES, Group, draw_background, draw_object, objects_of
+from dr2net.training.sprites import Group, draw_background, draw_object, objects_of
 
 # class -> (what is rendered, whether it is played backwards)
 MOTIONS: dict[str, tuple[str, bool]] = {
@@ -28,11 +28,9 @@ MOTIONS: dict[str, tuple[str, bool]] = {
     "turning counter-clockwise": ("turn", True),
     "bouncing": ("bounce", False),
     "shaking": ("shake", False),
-    "hiding": ("hide", False),
-    "appearing": ("hide", True),
 }
 _RANGE = (0.17, 0.83)  # where the object's centre may be, in units of the frame
-_SIZES = (0.13, 0.32)  # the object's radius, in units of the frame
+_SIZES = (0.16, 0.34)  # the object's radius, in units of the frame
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,6 @@ def render_clip(
     group: Group,
     size: int = 98,
     num_frames: tuple[int, int] = (16, 24),
-    shapes: tuple[str, ...] = SHAPES,
 ) -> tuple[np.ndarray, str]:
     """Render one clip. Returns uint8 (T, size, size, 3) and the object's name.
 
@@ -64,40 +61,21 @@ def render_clip(
     kind, backwards = MOTIONS[motion]
     rng = np.random.default_rng(key)
     length = int(rng.integers(num_frames[0], num_frames[1] + 1))
-    pairs = [pair for pair in objects_of(group) if pair[0] in shapes]
+    pairs = objects_of(group)
     shape, texture = pairs[int(rng.integers(len(pairs)))]
     sprite, name = draw_object(rng, shape, texture)
-    margin = max(2, size // 12)
-    background = Image.fromarray(draw_background(rng, size + 2 * margin))
-    pillar = rng.uniform(0.12, 0.24)  # half its width; wide enough to hide what "hide" puts behind it
-    pillar_x, pillar_colour = rng.uniform(0.2, 0.8), rng.integers(40, 216, 3)
-    track = _track(rng, kind, length, pillar_x, pillar)
-    # Only the two hiding classes may begin or end behind the pillar: elsewhere that would hide the class itself.
-    hidden = np.abs(track.x - pillar_x) < pillar + 0.5 * track.radius
-    in_front = kind == "hide" or (rng.random() < 0.6 and not hidden[0] and not hidden[-1] and hidden.mean() < 0.5)
-    drift = _smooth(rng, length)[:, None] * rng.uniform(-1, 1, 2) * margin * 0.6
+    background = draw_background(rng, size).astype(np.float32)
+    track = _track(rng, kind, length)
     flicker = 1 + 0.06 * rng.uniform(0, 1) * _smooth(rng, length)
     noise_level = rng.uniform(1, 5)
 
     pyramid = [Image.fromarray(sprite).convert("RGBa")]  # premultiplied, so that edges interpolate rightly
     while pyramid[-1].width > 8:  # halved again and again, so that shrinking does not alias
         pyramid.append(pyramid[-1].resize((pyramid[-1].width // 2,) * 2, Image.Resampling.BOX))
-    column = np.arange(size) + 0.5
     frames = np.empty((length, size, size, 3), np.uint8)
     for t in range(length):
-        dx, dy = drift[t]
-        shift = (1, 0, margin - dx, 0, 1, margin - dy)
-        canvas = _warp(background, size, shift)
-        cover = np.clip(pillar * size + 0.5 - np.abs(column - dx - pillar_x * size), 0, 1, dtype=np.float32)[
-            None, :, None
-        ]
-        if not in_front:
-            canvas = canvas * (1 - cover) + pillar_colour * cover
-        x, y, radius = track.x[t] * size + dx, track.y[t] * size + dy, track.radius[t] * size
-        layer = _place(pyramid, size, x, y, radius, track.angle[t])
-        canvas = canvas * (1 - layer[..., 3:] / 255) + layer[..., :3]
-        if in_front:
-            canvas = canvas * (1 - cover) + pillar_colour * cover
+        layer = _place(pyramid, size, track.x[t] * size, track.y[t] * size, track.radius[t] * size, track.angle[t])
+        canvas = background * (1 - layer[..., 3:] / 255) + layer[..., :3]
         noise = rng.standard_normal((size, size, 3), dtype=np.float32) * noise_level
         frames[t] = np.clip(canvas * flicker[t] + noise + 0.5, 0, 255)
     return (frames[::-1].copy() if backwards else frames), name
@@ -134,7 +112,7 @@ def _progress(rng: np.random.Generator, length: int) -> np.ndarray:
     return p + rng.uniform(-0.7, 0.7) * p * (1 - p)
 
 
-def _track(rng: np.random.Generator, kind: str, length: int, pillar_x: float, pillar: float) -> Track:
+def _track(rng: np.random.Generator, kind: str, length: int) -> Track:
     """The path of the object for one kind of motion, played forwards."""
     low, high = _RANGE
     p = _progress(rng, length)
@@ -164,12 +142,6 @@ def _track(rng: np.random.Generator, kind: str, length: int, pillar_x: float, pi
         cycles, amplitude = rng.uniform(3.0, 4.5), rng.uniform(0.06, 0.11)
         x = np.clip(x, low + amplitude, high - amplitude)
         x = x + amplitude * np.sin(2 * np.pi * (cycles * np.linspace(0, 1, length) + rng.uniform(0, 1)))
-    elif kind == "hide":
-        # From beside the pillar to behind it, from either side; small enough to be hidden.
-        radius = radius * min(1.0, pillar / float(radius.max()))
-        side = 1.0 if pillar_x < 0.5 else -1.0
-        start = pillar_x + side * (pillar + rng.uniform(0.1, 0.3))
-        x = np.clip(start, low, high) + (pillar_x - np.clip(start, low, high)) * p
     else:
         raise AssertionError(kind)
     return Track(x=x, y=y, radius=radius, angle=angle)

@@ -1,8 +1,8 @@
 """Drawn objects and backgrounds for composed videos: `draw_object`, `draw_background`, `objects_of`.
 
 An object is a shape filled with a texture in two colours, with an off-centre mark, so that its angle can be seen.
-Which pairs of shape and texture exist for which purpose is fixed by `objects_of`: training, validation and pretraining
-share no pair. All is a pure function of the given generator. Not a renderer: motion.py moves these.
+Which pairs of shape and texture exist for which purpose is fixed by `objects_of`: training and validation share none.
+All is a pure function of the given generator. Not a renderer: motion.py moves these.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-Group = Literal["train", "validation", "pretraining"]
+Group = Literal["train", "validation"]
 SHAPES = ("disc", "square", "triangle", "star", "cross", "hexagon", "heart", "arrow", "moon", "blob", "letter", "ring")
 TEXTURES = ("plain", "striped", "checked", "shaded", "dotted", "cloudy", "ringed", "halved")
 COLOURS = {
@@ -31,8 +31,8 @@ COLOURS = {
 
 
 def objects_of(group: Group) -> list[tuple[str, str]]:
-    """The (shape, texture) pairs of a group. Every shape occurs in every group, no pair in two of them."""
-    remainders = {"train": (0, 1), "validation": (2,), "pretraining": (3,)}[group]
+    """The (shape, texture) pairs of a group. Every shape occurs in both groups, no pair in two of them."""
+    remainders = {"train": (0, 1, 3), "validation": (2,)}[group]
     return [
         (shape, texture)
         for i, shape in enumerate(SHAPES)
@@ -66,25 +66,11 @@ def draw_object(rng: np.random.Generator, shape: str, texture: str, size: int = 
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A still scene, uint8 (size, size, 3): a gradient, clouds, a pattern or a jumble of boxes, of low contrast."""
-    base, other = rng.integers(40, 216, 3), rng.integers(40, 216, 3)
-    kind = rng.choice(["gradient", "clouds", "pattern", "boxes"])
-    if kind == "pattern":
-        mix = _texture(rng, str(rng.choice(["striped", "checked", "dotted"])), size) * 0.35
-    elif kind == "clouds":
-        mix = _texture(rng, "cloudy", size)
-    else:
-        mix = _texture(rng, "shaded", size)
-    picture = Image.fromarray((base * (1 - mix[..., None]) + other * mix[..., None]).astype(np.uint8))
-    if kind == "boxes":
-        draw = ImageDraw.Draw(picture)
-        for _ in range(int(rng.integers(4, 9))):
-            left, top = rng.integers(-size // 4, size, 2)
-            width, height = rng.integers(size // 10, size // 2, 2)
-            colour = tuple(int(c) for c in (base * 0.6 + rng.integers(0, 256, 3) * 0.4))
-            draw.rectangle([int(left), int(top), int(left + width), int(top + height)], fill=colour)
-        picture = picture.filter(ImageFilter.GaussianBlur(0.7))
-    return np.asarray(picture)
+    """A still scene, uint8 (size, size, 3): a gradient or clouds between two near colours."""
+    base = rng.integers(40, 216, 3)
+    other = np.clip(base + rng.integers(-40, 41, 3), 0, 255)
+    mix = _texture(rng, str(rng.choice(["shaded", "cloudy"])), size)[..., None]
+    return (base * (1 - mix) + other * mix).astype(np.uint8)
 
 
 def _texture(rng: np.random.Generator, texture: str, size: int) -> np.ndarray:
