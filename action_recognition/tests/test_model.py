@@ -33,10 +33,10 @@ def test_logits_have_the_classes_and_every_parameter_trains(family):
     if family == "videomae":
         config = replace(config, model=Model(family=family, name="any-small", weights=None, depth=1))
     model = build_model(config)
-    batch = {**example_batch(config), "video": torch.randn(2, 3, 4, 32, 32), "label": torch.tensor([0, 11])}
+    batch = {**example_batch(config), "video": torch.randn(2, 3, 4, 32, 32), "label": torch.tensor([0, 9])}
     outputs = model(batch)
-    assert outputs["logits"].shape == (2, 12)
-    sum(build_criterion(num_classes=12, label_smoothing=0.1)(outputs, batch).values()).backward()
+    assert outputs["logits"].shape == (2, 10)
+    sum(build_criterion(num_classes=10, label_smoothing=0.1)(outputs, batch).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -87,7 +87,7 @@ def test_weights_of_another_model_and_missing_files_are_named(tmp_path):
 
 def test_a_planned_row_is_not_run_and_never_replaces_a_real_one(tmp_path):
     config = tiny(model=Model(weights=None, depth=None))
-    criterion = build_criterion(num_classes=12, label_smoothing=0.0)
+    criterion = build_criterion(num_classes=10, label_smoothing=0.0)
     record = plan_row(config, build_model(config), criterion, lambda: example_batch(config))
     assert (record.status, record.metrics, record.memory["source"]) == ("not run", {}, "predicted")
     assert record.memory["peak"] > record.memory["parameters"] > 1e6

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from action_recognition.configs import FAMILIES, ROWS, Config, row
-from dr2net.training.command import config_of_checkpoint, parse_config, with_method
+from dr2net.training.command import config_of_checkpoint, parse_config
 from dr2net.training.config import METHODS
 from dr2net.training.results import as_json, run_folder
 
