@@ -45,7 +45,7 @@ class Composition:
     """What to write. The files are a function of these values alone."""
 
     num_classes: int = 10  # the first so many motions; 8 are four pairs of time reversals
-    num_train: int = 480
+    num_train: int = 960
     num_validation: int = 200
     size: int = 98  # height and width in pixels, even
     num_frames: tuple[int, int] = (16, 24)  # shortest and longest clip
