@@ -13,7 +13,8 @@ import dr2net
 from dr2net.training import checkpoint, engine, results
 from dr2net.training.config import METHODS, Finetuning, Optimization
 from dr2net.training.data import Loaders, build_loader
-from dr2net.training.method import coefficients
+from dr2net.training.log import Log
+from dr2net.training.method import check_gradient, coefficients
 from dr2net.training.optimization import Averages, build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 # Sums over 8 samples are taken in another order when the batch is split. Adam makes steps of full size out of rounding
@@ -220,6 +221,41 @@ def test_a_noisy_inversion_is_reported_or_stops_the_run(tmp_path, capsys):
     assert "warning: gradient error" in capsys.readouterr().out
     with pytest.raises(FloatingPointError, match="above the tolerance 1e-09 .*alpha 1, beta 0.015625"):
         train(toy_config(tmp_path / "stop", {"finetuning": {**noisy, "stop_above_tolerance": True}}))
+
+
+def test_the_guard_measures_in_training_mode_and_leaves_no_trace(tmp_path):
+    finetuning = Finetuning(method="dr2net", start=(0.5, 0.5))
+    model = Toy(dropout=0.5)
+    model.head = nn.Sequential(nn.BatchNorm1d(8), model.head)  # its running statistics must not move
+    engine.apply_method(model.backbone, finetuning)
+    batch = next(iter(build_loaders(toy_config(tmp_path)).val))
+    seen = []
+
+    def watch(outputs, batch):
+        seen.append((model.training, outputs.detach()))
+        return criterion(outputs, batch)
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    random_state = torch.get_rng_state()
+    state = {"step": 0, "alpha": 0.5, "beta": 0.5}
+    with Log(tmp_path, "row", total=1, done=0, samples=4, every=1, speak=False) as log:
+        entry = check_gradient(model.eval(), watch, batch, finetuning, 0, state, log)
+    assert entry["error"] < 1e-6  # without the very same masks it would be about 1
+    assert [training for training, _ in seen] == [True, True]
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.allclose(seen[0][1], model.eval()(batch))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:float inversion")
+def test_a_resumed_run_finds_the_same_gradient_errors(tmp_path):
+    noisy = {"finetuning": {"method": "dr2net", "inversion": "float", "start": (1.0, 0.1)}, "dropout": 0.5}
+    whole, short = (toy_config(tmp_path / name, {**noisy, "optimization": {"epochs": 2}}) for name in "ab")
+    train(replace(short, run=replace(short.run, max_steps=4, evaluate_every_epochs=0)))
+    torch.rand(7)
+    resumed, undisturbed = train(short).guard, train(whole).guard
+    assert resumed == undisturbed and len(resumed) == 2 and resumed[0]["error"] > 0
 
 
 def test_a_non_finite_loss_names_step_terms_and_samples_and_keeps_the_checkpoint(tmp_path):

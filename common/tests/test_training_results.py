@@ -111,6 +111,24 @@ def test_lines_summarise_seeds(folder):
     assert lines[-1].gradient_error == 3e-7 and lines[0].gradient_error is None
 
 
+def test_variants_of_a_method_stand_behind_the_methods_and_outside_the_figure(tmp_path, folder):
+    plain = tables.group_lines(results.read_records("toy_training", folder))["toy_vit"]
+    tables.draw("toy_vit", plain, tmp_path / "plain.png")
+    record = make_record(tmp_path, accuracy=70.0)
+    names = ["toy_vit_dr2net_constant_1_64", "toy_vit_dr2net_float"]
+    results.publish([replace(record, row=name) for name in names], folder)
+    records = results.read_records("toy_training", folder)
+    lines = tables.group_lines(records)["toy_vit"]
+    assert lines[:5] == plain and [line.row for line in lines[5:]] == names
+    assert [line.setting for line in lines[4:]] == ["", "constant_1_64", "float"]
+    tables.draw("toy_vit", lines, tmp_path / "all.png")
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    assert not tables.has_figure([plain[0], *lines[5:]])
+    text = io.StringIO()
+    tables.print_table(records, Console(file=text, width=120))
+    assert "\n  dr2net_constant_1_64  " in text.getvalue() and "toy_vit_dr2net" not in text.getvalue()
+
+
 def test_a_planned_row_shows_predicted_memory_and_dashes(folder):
     (line,) = tables.group_lines(results.read_records("toy_training", folder))["big_vit"]
     assert tables.cells(line) == [

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 Method = Literal["conventional", "frozen", "checkpointed", "reversible", "dr2net"]
 METHODS: tuple[Method, ...] = get_args(Method)
+CoefficientPath = Literal["constant", "together", "alternating", "alpha_first", "beta_first"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Preset = Literal["tiny", "laptop", "paper"]
 
@@ -21,12 +22,12 @@ class Finetuning:
 
     method: Method = "dr2net"
     inversion: Literal["exact", "anchored", "float"] = "exact"  # how reversible and dr2net rebuild activations
-    path: Literal["constant", "together", "alternating", "alpha_first", "beta_first"] = "constant"
+    path: CoefficientPath = "constant"
     start: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) at the first step
     end: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) from progress `until` on; unused if constant
     until: float = 0.6  # share of the training after which the coefficients rest
     guard_every_epochs: int = 1  # measure the true gradient error on one batch; 0: never
-    tolerance: float = 1e-2  # relative gradient error above which the guard speaks
+    tolerance: float = 1e-2  # relative gradient error allowed: anchors keep it, float and the guard warn above it
     stop_above_tolerance: bool = False  # True: the guard stops the run instead of warning
 
 

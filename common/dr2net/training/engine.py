@@ -171,6 +171,7 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
             epoch, first = divmod(state["step"], steps_per_epoch)
             last = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
             if first == 0 and guarded and epoch % finetuning.guard_every_epochs == 0:
+                set_seed(run.seed, 1 + state["step"], rank)  # the guard draws what the step to come will draw
                 set_coefficients(model, finetuning, state, total_steps)
                 state["guard"].append(check_gradient(model, criterion, guard_batch, finetuning, epoch, state, log))
             key_batches(loaders.train).place(

@@ -74,11 +74,12 @@ def check_gradient(
     state: dict[str, Any],
     log: Log,
 ) -> dict[str, float]:
-    """The guard: relative error of the reversible gradient on one batch, in eval mode.
+    """The guard: relative error of the reversible gradient on one batch, in training mode.
 
+    Dropout and drop path draw the same for both gradients; buffers and random generators stay as they were.
     Above `finetuning.tolerance` it warns, or raises FloatingPointError if `stop_above_tolerance`.
     """
-    model.eval()
+    set_mode(model, finetuning)
     error = dr2net.gradient_error(model, batch, lambda m, b: sum(criterion(m(b), b).values())).overall
     where = f"epoch {epoch}, alpha {state['alpha']:g}, beta {state['beta']:g}"
     log.scalar("guard/gradient_error", error, state["step"])

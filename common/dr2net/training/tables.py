@@ -3,8 +3,9 @@
     write_all(Path("results"))    # results/README.md and results/<task>/<group>.png
     print_table(records)          # the same rows in the terminal
 
-A group is the rows that differ only in their method: `motion_vits_conventional`, `motion_vits_dr2net`, ... Metrics are
-mean and standard deviation over seeds (n - 1 below the root).
+A group is the rows that differ only in how they are finetuned: `motion_vits_conventional`, `motion_vits_dr2net`, ...,
+and behind them variants of a method, `motion_vits_dr2net_constant_1_8`, which the figure leaves out. Metrics are mean
+and standard deviation over seeds (n - 1 below the root).
 """
 
 import json
@@ -38,6 +39,8 @@ class Line:
     """One row of a table: the runs of one row of the task, summarised over seeds. None: not measured."""
 
     row: str
+    group: str  # the row's name before _<method>
+    setting: str  # the row's name behind it; "" for the method's own row
     method: str
     status: str
     num_seeds: int
@@ -54,6 +57,7 @@ class Line:
 def summarise(runs: list[Record]) -> Line:
     """The Line of the runs of one row."""
     first = runs[0]
+    group, _, setting = first.row.partition(f"_{first.method}")
     metric = next(iter(first.metrics), None)
     values = [run.metrics[metric] for run in runs] if metric is not None else []
     peaks = [run.memory for run in runs if run.memory]
@@ -62,6 +66,8 @@ def summarise(runs: list[Record]) -> Line:
     errors = [entry["error"] for run in runs for entry in run.guard]
     return Line(
         row=first.row,
+        group=group,
+        setting=setting.removeprefix("_"),
         method=first.method,
         status=first.status,
         num_seeds=len(values),
@@ -77,15 +83,17 @@ def summarise(runs: list[Record]) -> Line:
 
 
 def group_lines(records: list[Record]) -> dict[str, list[Line]]:
-    """Lines by group, methods in their usual order."""
+    """Lines by group: the methods in their usual order, then the variants."""
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record.row, []).append(record)
     groups: dict[str, list[Line]] = {}
-    for row, runs in rows.items():
-        groups.setdefault(row.removesuffix(f"_{runs[0].method}"), []).append(summarise(runs))
-    order = {method: place for place, method in enumerate(METHODS)}
-    return {name: sorted(lines, key=lambda line: order[line.method]) for name, lines in sorted(groups.items())}
+    for runs in rows.values():
+        line = summarise(runs)
+        groups.setdefault(line.group, []).append(line)
+    for lines in groups.values():
+        lines.sort(key=lambda line: (bool(line.setting), METHODS.index(line.method)))
+    return dict(sorted(groups.items()))
 
 
 def cells(line: Line) -> list[str]:
@@ -128,7 +136,7 @@ def print_table(records: list[Record], console: Console | None = None) -> None:
         for title in headers(lines)[1:]:
             table.add_column(title, justify="right")
         for line in lines:
-            table.add_row(line.method, *cells(line)[1:])
+            table.add_row(line.row.removeprefix(f"{group}_"), *cells(line)[1:])
         console.print(table)
 
 
@@ -172,9 +180,14 @@ def published_table(entries: list[dict[str, Any]]) -> str:
     return markdown_table(titles, [[entry[title] or DASH for title in titles] for entry in entries])
 
 
+def trained(lines: list[Line]) -> list[Line]:
+    """The methods of a group that were trained, variants aside."""
+    return [line for line in lines if not line.setting and line.mean is not None and line.peak is not None]
+
+
 def has_figure(lines: list[Line]) -> bool:
     """Whether at least two methods of a group were trained."""
-    return sum(line.mean is not None and line.peak is not None for line in lines) > 1
+    return len(trained(lines)) > 1
 
 
 def draw(group: str, lines: list[Line], path: Path) -> None:
@@ -183,8 +196,8 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
 
     figure = Figure(figsize=(8.0, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    trained = [line for line in lines if line.mean is not None and line.peak is not None]
-    for line in trained:
+    shown = trained(lines)
+    for line in shown:
         colour, marker = STYLES[line.method]
         axes.errorbar(
             line.peak / MIB,
@@ -197,11 +210,11 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
             linestyle="none",
             label=f"{line.method}  {line.mean:.1f}, {mebibytes(line.peak)} MiB",
         )
-    seeds = max(line.num_seeds for line in trained)
+    seeds = max(line.num_seeds for line in shown)
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
     axes.set_title(f"{group}{spread}", fontsize=10, loc="left")
     axes.set_xlabel("peak memory of a training step (MiB)")
-    axes.set_ylabel(headers(trained)[1])
+    axes.set_ylabel(headers(shown)[1])
     axes.set_xlim(left=0)
     axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.25)
