@@ -10,6 +10,7 @@ The loss is a fixed random linear function of the normalised tokens of two pictu
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import warnings
@@ -39,7 +40,8 @@ GRID = (  # (alpha, beta), from the pretrained network to the hard reversible on
     (0.0, 1.0),
 )
 INVERSIONS = ("float", "anchored", "exact")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp64")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 NETWORKS = (  # (weights, blocks); two branches a block. Of the real weights the last block is damaged: 11 at most.
     ("random", 6),
     ("random", 12),
@@ -67,6 +69,8 @@ def pictures(size: int) -> Tensor:
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor, str]) -> Tensor:
     """A linear function of the normalised tokens."""
     images, weights, precision = batch
+    if precision == "fp64":
+        return (model.forward_features(images.double()) * weights.double()).mean()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
         tokens = model.forward_features(images)
     return (tokens.float() * weights).mean()
@@ -77,9 +81,9 @@ def bits_of(inversion: str, alpha: float, beta: float, precision: str, branches:
     if inversion == "exact":
         return exact.remainder_bits(exact.rational(beta))
     if inversion == "anchored":
-        every = dr2net.anchor_spacing(alpha, beta, torch.bfloat16 if precision == "bf16" else torch.float32)
+        every = dr2net.anchor_spacing(alpha, beta, DTYPES[precision])
         anchors = 0 if every is None else math.ceil(branches / every) - 1
-        return (32 if every == 1 else 64) * anchors / branches
+        return (1 if every == 1 else 2) * (64 if precision == "fp64" else 32) * anchors / branches
     return 0
 
 
@@ -107,19 +111,19 @@ def measure() -> list[dict]:
         for inversion in INVERSIONS:
             model = copy.deepcopy(plain)
             dr2net.convert(model, inversion=inversion)
-            for alpha, beta in GRID:
+            for precision, (alpha, beta) in itertools.product(PRECISIONS, GRID):
+                model = model.double() if precision == "fp64" else model
                 dr2net.set_coefficients(model, alpha, beta)
-                for precision in PRECISIONS:
-                    entry = dict(weights=weights, branches=2 * blocks, inversion=inversion, alpha=alpha, beta=beta)
-                    entry |= dict(precision=precision, bits=bits_of(inversion, alpha, beta, precision, 2 * blocks))
-                    try:
-                        entry["error"] = dr2net.gradient_error(model, (images, target, precision), loss).overall
-                        if inversion == "exact" and precision == "fp32":
-                            entry["output_error"] = output_error(model, images, alpha, beta)
-                    except (OverflowError, FloatingPointError) as error:
-                        entry["refused"] = str(error)
-                    entries.append(entry)
-                    print(*(f"{value:.3g}" if isinstance(value, float) else value for value in entry.values()))
+                entry = dict(weights=weights, branches=2 * blocks, inversion=inversion, alpha=alpha, beta=beta)
+                entry |= dict(precision=precision, bits=bits_of(inversion, alpha, beta, precision, 2 * blocks))
+                try:
+                    entry["error"] = dr2net.gradient_error(model, (images, target, precision), loss).overall
+                    if inversion == "exact" and precision == "fp32":
+                        entry["output_error"] = output_error(model, images, alpha, beta)
+                except (OverflowError, FloatingPointError) as error:
+                    entry["refused"] = str(error)
+                entries.append(entry)
+                print(*(f"{value:.3g}" if isinstance(value, float) else value for value in entry.values()))
     return entries
 
 
