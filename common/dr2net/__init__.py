@@ -3,7 +3,7 @@
 import dr2net, timm
 model = timm.create_model("vit_small_patch16_224", pretrained=True)
 dr2net.convert(model)                                    # in place, state_dict keys unchanged
-dr2net.Schedule.constant(63 / 64, 1 / 64).apply(model, progress=0.0)
+dr2net.Schedule.constant(7 / 8, 1 / 8).apply(model, progress=0.0)
 loss(model(batch)).backward()                            # activations are rebuilt, bit for bit, not stored
 """
 

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan.add_argument("--budget", default="24GiB", help="memory of the device, e.g. 24GiB or 80GB")
     plan.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    plan.add_argument("--beta", default="1/64", help="of dr2net, with alpha = 1 - beta; smaller needs more bits")
+    plan.add_argument("--beta", default="1/8", help="of dr2net, with alpha = 1 - beta; smaller needs more bits")
     plan.add_argument("--inversion", choices=INVERSIONS, default="exact", help="of reversible and dr2net")
     plan.add_argument(
         "--grow",
@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--live", type=int, default=0, metavar="N", help="also list the N largest tensors at each peak")
     plan.set_defaults(run=_plan)
 
-    check.add_argument("--start", default="63/64,1/64", help="alpha,beta at the first step")
-    check.add_argument("--end", default="63/64,1/64", help="alpha,beta at the end of the path")
+    check.add_argument("--start", default="7/8,1/8", help="alpha,beta at the first step")
+    check.add_argument("--end", default="7/8,1/8", help="alpha,beta at the end of the path")
     check.add_argument("--path", choices=get_args(schedule.Path), default="together", help="from start to end")
     check.add_argument("--pretrained", action="store_true", help="load the weights that timm or torchvision name")
     check.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,8 @@ class Finetuning:
     method: Method = "dr2net"
     inversion: Literal["exact", "anchored", "float"] = "exact"  # how reversible and dr2net rebuild activations
     path: CoefficientPath = "constant"
-    start: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) at the first step
-    end: tuple[float, float] = (63 / 64, 1 / 64)  # (alpha, beta) from progress `until` on; unused if constant
+    start: tuple[float, float] = (7 / 8, 1 / 8)  # (alpha, beta) at the first step
+    end: tuple[float, float] = (7 / 8, 1 / 8)  # (alpha, beta) from progress `until` on; unused if constant
     until: float = 0.6  # share of the training after which the coefficients rest
     guard_every_epochs: int = 1  # measure the true gradient error on one batch; 0: never
     tolerance: float = 1e-2  # relative gradient error allowed: anchors keep it, float and the guard warn above it
