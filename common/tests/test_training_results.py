@@ -10,7 +10,7 @@ from rich.console import Console
 from toy_training import toy_config
 
 from dr2net.training import results, tables
-from dr2net.training.config import METHODS
+from dr2net.training.config import METHODS, Finetuning
 from dr2net.training.log import Log
 from dr2net.training.results import Record
 
@@ -67,7 +67,7 @@ def test_a_record_says_where_it_comes_from(tmp_path):
     record = make_record(tmp_path)
     assert (record.task, record.row, record.status) == ("toy_training", "toy_vit_dr2net", "tiny")
     assert record.versions["torch"] and record.commit and record.command
-    assert record.config["finetuning"]["start"] == [63 / 64, 1 / 64]
+    assert record.config["finetuning"]["start"] == list(Finetuning().start)
     json.dumps(record.config)
 
 
