@@ -83,6 +83,11 @@ def encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled.round_().to(INTEGER[x.dtype]), grid, magnitude(scaled)
 
 
+def checked(grid: Tensor, size: Tensor, largest: int) -> Tensor:
+    """The grid, or NaN if a magnitude passed its limit: nothing decoded with it can be mistaken for a result."""
+    return torch.where(size <= largest, grid, torch.nan)
+
+
 def decode(n: Tensor, grid: Tensor) -> Tensor:
     """Integers -> float stream of the grid's dtype."""
     return n.to(grid.dtype).mul_(grid)

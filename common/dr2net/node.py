@@ -48,6 +48,7 @@ class Node:
     alpha: float
     beta: float | Fraction
     exact: bool
+    largest: int  # magnitude in grid units, see `exact.limit`
     stored: bool  # plain autograd keeps everything
     recording: bool  # False under no_grad: nothing is kept
     keeps: bool  # this node saves (x_i, x_{i-1})
@@ -141,7 +142,7 @@ class DualResidual(torch.autograd.Function):
                 packed = exact.pack(remainder, exact.remainder_bits(node.beta))
             ctx.save_for_backward(check, packed, *own, *((following, n, grid, *common) if node.keeps else ()))
         ctx.mark_non_differentiable(following, size)
-        return exact.decode(following, grid), following, size
+        return exact.decode(following, exact.checked(grid, size, node.largest)), following, size
 
     @staticmethod
     def backward(ctx, grad, *_):

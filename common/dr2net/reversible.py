@@ -176,7 +176,7 @@ class _Pass:
         self.dtype = x.dtype
         self.x = self.previous = x if x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
-        self.exact = sequence.inversion == "exact"
+        self.exact, self.largest = sequence.inversion == "exact", 0
         self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
         self.every = self.length
@@ -195,7 +195,9 @@ class _Pass:
                     stacklevel=4,
                 )
         if self.exact:
-            self.n, self.grid, size = exact.encode(self.x)
+            self.largest = exact.limit(self.beta, self.length, self.x.dtype)
+            self.n, grid, size = exact.encode(self.x)
+            self.grid = exact.checked(grid, size, self.largest)
             self.n_previous = self.n
             self.sizes.append(("the input", size))
 
@@ -218,6 +220,7 @@ class _Pass:
             alpha=self.sequence.alpha if branch.residual else 0.0,
             beta=self.beta,
             exact=self.exact,
+            largest=self.largest,
             stored=self.sequence.store,
             recording=torch.is_grad_enabled() and differentiable and not self.sequence.store,
             keeps=keeps,
@@ -259,16 +262,15 @@ class _Pass:
         smooth = coupling.step(f, x, previous, node.alpha, float(node.beta))
         q, size = exact.quantise(f.detach(), x.detach(), node.alpha, self.grid)
         n, _ = exact.step(q, self.n_previous, node.beta)
-        return exact.decode(n, self.grid) + (smooth - smooth.detach()), n, size
+        value = exact.decode(n, exact.checked(self.grid, size, self.largest))
+        return value + (smooth - smooth.detach()), n, size
 
     def _finish(self) -> None:
         """Let go of the streams, then look for an overflow: once per pass, since looking waits for the device."""
-        sizes, length = self.sizes, self.length
-        dtype = self.x.dtype
+        sizes, length, largest = self.sizes, self.length, self.largest
         self.x = self.previous = self.n = self.n_previous = self.grid = self.output = self.side = None
         if not sizes or isinstance(sizes[0][1], FakeTensor):
             return
-        largest = exact.limit(self.beta, length, dtype)
         for (name, _), size in zip(sizes, torch.stack([size for _, size in sizes]).tolist(), strict=True):
             if not math.isfinite(size):
                 raise FloatingPointError(f"{name} of a reversible sequence is not finite (NaN or infinite)")

@@ -1,7 +1,7 @@
 """alpha and beta as a pure function of training progress in [0, 1]: "dynamic finetuning" (Dr2Net, Sec. 3).
 
     Schedule(start=(1, .1), end=(.4, .7), until=.6)    the authors' values for S3DIS, linear, then constant
-    Schedule.constant(7 / 8, 1 / 8)                     stay near the pretrained network: our default (common/README.md)
+    Schedule.constant(7 / 8, 1 / 8)                    stay near the pretrained network: our default (common/README.md)
     Schedule.constant(0, 1)                            hard reversible: Re2TAL's rewired network
 
 start and end with alpha + beta = 1 stay on that line when both move together. Nothing is remembered between calls, so a

@@ -254,3 +254,14 @@ def test_slicing_a_part() -> None:
 def test_wrong_ways_of_inversion(wrong: dict) -> None:
     with pytest.raises(ValueError):
         dr2net.convert(build_net(2), **wrong)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e30])
+def test_a_pass_that_is_left_early_hands_out_no_number_from_beyond_the_grid(bad):
+    net = converted(build_net(3), 0.5, 0.5)
+    with torch.no_grad():
+        next(net.blocks[1].parameters()).fill_(bad)
+        steps = list(net.blocks)
+        x = steps[0](build_input())
+        assert x.isfinite().all()
+        assert not steps[1](x).isfinite().all()
