@@ -9,7 +9,7 @@ A row's name is `<data set>_<backbone>_<method>`; the docstring of its function 
         base = motion_vits(method)
         return replace(base, optimization=replace(base.optimization, learning_rate=1e-4))
 
-plus its name in `FAMILIES`. A row of an ablation has its setting behind the method: `motion_vits_dr2net_constant_1_8`.
+plus its name in `FAMILIES`. A row of an ablation has its setting behind the method: `motion_vits_dr2net_constant_1_4`.
 Paths are relative to the root of the repository, where the commands are run.
 """
 

@@ -21,11 +21,11 @@ from dr2net.training.tables import DASH, Line, markdown_table, mebibytes, summar
 
 FAMILY = "motion_vits"
 REFERENCES = ("conventional", "reversible")  # trained with the same seeds
-ROWS = [f"{FAMILY}_{name}" for name in (*REFERENCES, "dr2net_float", *(f"dr2net_{name}" for name in SCHEDULES))]
-SHOWN = [*ROWS, f"{FAMILY}_dr2net", f"{FAMILY}_checkpointed"]  # the last two if reproduce.sh has trained them
+ROWS = [f"{FAMILY}_{name}" for name in (*REFERENCES, "dr2net", "dr2net_float", *(f"dr2net_{s}" for s in SCHEDULES))]
+SHOWN = [*ROWS, f"{FAMILY}_checkpointed"]  # the last if reproduce.sh has trained it
 CHECKPOINTING_BITS = 32 / 2  # a float32 block input for two branches
-GROUPS = (  # legend, how the settings begin, colour (Okabe and Ito), marker, filled
-    ("constant (1 - beta, beta), named by beta", "constant", "#009E73", "o", True),
+GROUPS = (  # legend, setting, colour (Okabe and Ito), marker, filled
+    ("constant (1 - beta, beta), named by beta;\nbold: the row motion_vits_dr2net", None, "#009E73", "o", True),
     ("convex, (.9, .1) to (.3, .7)", "convex_moving", "#0072B2", "s", True),
     ("authors, to (.4, .7), together", "authors_together_04_07", "#E69F00", "^", True),
     ("authors, to (.4, .7), alternating", "authors_alternating_04_07", "#E69F00", "^", False),
@@ -121,10 +121,13 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             if line.std:
                 axes.axhspan(line.mean - line.std, line.mean + line.std, color=colour, alpha=0.1, linewidth=0)
 
-    names = sorted((*SCHEDULES, "float"), key=lambda name: not name.startswith("constant"))
-    places = places_of([(name, stored_bits(lines[name][1])) for name in names if name in lines])
-    for label, prefix, colour, marker, filled in GROUPS:
-        names = sorted((name for name in places if name.startswith(prefix)), key=lambda name: places[name])
+    names = [name for name in ("dr2net", *SCHEDULES, "float") if name in lines]
+    constant = [name for name in names if lines[name][1].path == "constant"]
+    names = [*constant, *(name for name in names if name not in constant)]
+    places = places_of([(name, stored_bits(lines[name][1])) for name in names])
+    for label, setting, colour, marker, filled in GROUPS:
+        names = sorted(constant, key=lambda name: places[name]) if setting is None else [setting]
+        names = [name for name in names if name in places]
         if not names:
             continue
         means = [lines[name][0].mean for name in names]
@@ -136,23 +139,24 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             marker=marker,
             markersize=7,
             markerfacecolor=colour if filled else "white",
-            linestyle="-" if prefix == "constant" else "none",
+            linestyle="-" if setting is None else "none",
             linewidth=0.8,
             capsize=2.5,
             elinewidth=1,
-            label=label if len(names) > 1 else f"{label}  {means[0]:.1f}",
+            label=label if setting is None else f"{label}  {means[0]:.1f}",
         )
-        if prefix == "constant":
+        if setting is None:
             for index, (name, mean) in enumerate(zip(names, means, strict=True)):
                 side = 1 if index % 2 == 0 else -1  # above to the right, below to the left: neighbours would overlap
                 axes.annotate(
-                    "/".join(name.split("_")[1:]),
+                    "/".join(name.split("_")[1:]) or str(rational(lines[name][1].start[1])),
                     (places[name], mean + side * (lines[name][0].std or 0)),
                     (-6 * side, 9 * side),
                     textcoords="offset points",
                     ha="left" if side > 0 else "right",
                     va="center",
                     fontsize=8,
+                    fontweight="bold" if name == "dr2net" else "normal",
                     color=colour,
                 )
     ticks = sorted({round(place) for place in places.values()})

@@ -4,7 +4,7 @@
     print_table(records)          # the same rows in the terminal
 
 A group is the rows that differ only in how they are finetuned: `motion_vits_conventional`, `motion_vits_dr2net`, ...,
-and behind them variants of a method, `motion_vits_dr2net_constant_1_8`, which the figure leaves out. Metrics are mean
+and behind them variants of a method, `motion_vits_dr2net_constant_1_4`, which the figure leaves out. Metrics are mean
 and standard deviation over seeds (n - 1 below the root).
 """
 
