@@ -4,11 +4,14 @@
 
 "activations" is all that is not parameter, gradient or optimizer state at the peak: what is stored, what a branch needs
 while it is recomputed, the clips themselves. No optimizer takes part, so the split is that of forward and backward.
+Writes results/memory_<precision>.json.
 """
 
 import argparse
+import json
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 import dr2net
 from dr2net.cli import loss_of, print_table
 from dr2net.memory import Memory, format_bytes, predict
+from dr2net.training.results import commit, versions
 
 CASES = (  # name, inversion, alpha, beta
     ("conventional", None, 1, 0),
@@ -23,6 +27,7 @@ CASES = (  # name, inversion, alpha, beta
     ("reversible, float", "float", 0, 1),
     ("reversible, exact", "exact", 0, 1),
     ("dr2net, exact, beta 1/2", "exact", 1 / 2, Fraction(1, 2)),
+    ("dr2net, exact, beta 1/8", "exact", 7 / 8, Fraction(1, 8)),
     ("dr2net, exact, beta 1/64", "exact", 63 / 64, Fraction(1, 64)),
     ("dr2net, anchored, (1, 0.1)", "anchored", 1, 0.1),
 )
@@ -58,6 +63,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # the precision of the inverse is not the subject here
     found: dict[str, Memory] = {}
@@ -70,6 +76,12 @@ def main() -> None:
             shares.append("-" if share is None else f"{share:.3f}")
         rows.append((case[0], format_bytes(memory.peak), format_bytes(memory.activations), *shares))
     print_table(("", "peak", "activations", "/ conventional", "/ checkpointed"), rows)
+    bytes_of = {name: {"peak": memory.peak, "activations": memory.activations} for name, memory in found.items()}
+    setting = {"model": "VideoMAE ViT-S", "blocks": options.blocks, "tokens": 1568, "batch": options.batch}
+    record = {**setting, "precision": options.precision, "versions": versions(), "commit": commit(), "bytes": bytes_of}
+    path = options.output / f"memory_{options.precision}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":
