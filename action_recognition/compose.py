@@ -46,7 +46,7 @@ class Composition:
 
     num_classes: int = 10  # the first so many motions; 8 are four pairs of time reversals
     num_train: int = 960
-    num_validation: int = 200
+    num_validation: int = 400
     size: int = 98  # height and width in pixels, even
     num_frames: tuple[int, int] = (16, 24)  # shortest and longest clip
     fps: float = 12.0
