@@ -1,6 +1,6 @@
 """Make the weights of the tiny preset: a small video ViT learns where an object is and how it moves.
 
-    python -m scripts.pretrain_tiny                                # MINUTES
+    python -m scripts.pretrain_tiny              # 1200 steps of 16 clips: 6.5 minutes on half a busy core
 
 Another task than the one it is finetuned on: clips are drawn as tensors, without end and without files (a wavy blob of
 random texture before a quiet background, shifting, swaying, growing and turning, several at once), and the targets are
@@ -75,8 +75,9 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # object coordinates, (B, T, S, S)
     lobes = torch.randint(2, 6, (batch, 1, 1, 1), generator=generator)
+    distance = torch.hypot(u, v)
     edge = 0.78 + uniform(0, 0.22, 1, 1, 1) * torch.cos(lobes * torch.atan2(v, u))
-    mask = torch.sigmoid((edge - torch.hypot(u, v)) * 40 * radius)
+    mask = torch.sigmoid((edge - distance) * 40 * radius)
     flow_x = speed[:, 0, :, None, None] + growth * dx - turn * dy
     flow_y = speed[:, 1, :, None, None] + growth * dy + turn * dx
     flow = torch.stack([mask * flow_x, mask * flow_y], dim=1)
@@ -85,7 +86,7 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
     texture = texture + uniform(-1.8, 1.8, 3, 1, 1)
     places = torch.stack([u, v], dim=-1).flatten(1, 2)  # (B, T S, S, 2)
     inside = F.grid_sample(texture, places, padding_mode="border", align_corners=True).unflatten(2, (num_frames, size))
-    core = torch.sigmoid((edge * 0.85 - torch.hypot(u, v)) * 20)[:, None]
+    core = torch.sigmoid((edge * 0.85 - distance) * 20)[:, None]
     inside = inside * (0.5 + 0.5 * core) - 0.9 * (1 - core)  # a darker rim
     clouds = torch.randn(batch, 1, 4, 4, generator=generator) * uniform(-0.5, 0.5, 3, 1, 1) * 0.6
     clouds = clouds + uniform(-1.4, 1.6, 3, 1, 1)
@@ -125,7 +126,7 @@ def start_embedding(backbone: VideoViT, video: Tensor) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2200, help=f"of {BATCH} clips")
+    parser.add_argument("--steps", type=int, default=1200, help=f"of {BATCH} clips")
     parser.add_argument("--output", type=Path, default=Path(TINY_WEIGHTS))
     arguments = parser.parse_args()
     config = row("motion_tiny_conventional")
