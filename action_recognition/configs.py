@@ -85,6 +85,7 @@ def motion_tiny(method: Method) -> Config:
     """The tiny preset: a 1.4 M parameter ViT, pretrained by scripts/pretrain_tiny.py, learns ten motions.
 
     python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
+    We measured 69.0 top-1 for conventional finetuning (960 clips, one seed); 10 is chance.
     """
     return Config(
         row=f"motion_tiny_{method}",
