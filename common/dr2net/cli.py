@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The two commands and their flags."""
     parser = argparse.ArgumentParser(
         prog="dr2net", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,8 +149,7 @@ def _check(options: argparse.Namespace) -> None:
             with _explained(options.model, shape), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
                 loss = functools.partial(loss_of, precision=options.precision)
-                error = dr2net.gradient_error(model, batch, loss)
-            columns.setdefault(inversion, []).append(f"{error.overall:.1e}")
+                columns.setdefault(inversion, []).append(_error_of(model, batch, loss))
         dr2net.deconvert(model)
     print(f"{options.model}, input {options.input}, branches in {options.precision}")
     print(report)
@@ -159,6 +159,16 @@ def _check(options: argparse.Namespace) -> None:
         alpha, beta = coefficients.at(progress)
         rows.append((f"{progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", *(columns[name][index] for name in INVERSIONS)))
     print_table(("progress", "alpha", "beta", *INVERSIONS), rows)
+
+
+def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> str:
+    """The gradient error as text, or a word where the exact inversion refuses these coefficients."""
+    try:
+        return f"{dr2net.gradient_error(model, batch, loss).overall:.1e}"
+    except OverflowError:
+        return "overflow"
+    except FloatingPointError:
+        return "not finite"
 
 
 def find_model(name: str, *, pretrained: bool = False) -> Callable[[], nn.Module]:

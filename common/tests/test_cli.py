@@ -17,6 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 def small():
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5)
 
+def deep():  # at (1, 1) a stream grows 1.6 times per branch
+    return VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=16, num_heads=1, num_classes=2)
+
 def not_a_module():
     return 3
 """
@@ -67,6 +70,13 @@ def test_check_prints_the_error_of_each_inversion_along_the_path(factory: str, c
     for _, _, exact, _, _ in rows.values():
         assert float(exact) < 1e-5  # float32 rounding, at every coefficient
     assert float(rows["0.00"][4]) > 1e-4  # the float inverse, six branches at growth 10.9 each
+
+
+def test_check_says_where_the_exact_inversion_overflows(factory: str, capsys) -> None:
+    pair = "1,1"
+    command = f"check --model {factory}:deep --input 2x3x32x32 --start {pair} --end {pair}"
+    assert main(command.split()) == 0
+    assert table(capsys.readouterr().out, "progress")["0.00"][2] == "overflow"
 
 
 @pytest.mark.parametrize(
