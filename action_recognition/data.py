@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from dr2net.training import clips
 from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import BrokenVideo, FrameCache
+from dr2net.training.video import BrokenVideo, FrameCache, VideoInfo
 
 Split = Literal["train", "validation"]
 MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives up
@@ -73,7 +73,8 @@ def class_names(data: Data) -> list[str]:
     file, names = read_class_names(data)
     if len(names) != data.num_classes:
         found = f"{file}: has {len(names)} classes, the configuration says {data.num_classes}"
-        raise ValueError(f"{found}; set --data.num-classes {len(names)}")
+        remedy = "to train on it, or give the data set with which the checkpoint was trained"
+        raise ValueError(f"{found}; set --data.num-classes {len(names)} {remedy}")
     return names
 
 
@@ -83,6 +84,8 @@ def read_class_names(data: Data) -> tuple[Path, list[str]]:
     if data.kind == "ssv2":
         file = root / "something-something-v2-labels.json"
         labels = _load_json(file)
+        if not isinstance(labels, dict) or not all(str(index).isdecimal() for index in labels.values()):
+            raise ValueError(f"{file}: is not a table of class names and indices; download the label file again")
         names = sorted(labels, key=lambda name: int(labels[name]))
         if [int(labels[name]) for name in names] != list(range(len(names))):
             raise ValueError(f"{file}: class indices are not 0 to {len(names) - 1}; download the label file again")
@@ -129,7 +132,9 @@ def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]
         source = root / f"something-something-v2-{split}.json"
         folder = root / "20bn-something-something-v2"
         files = {Path(file).stem: file for file in sorted(os.listdir(folder))} if folder.is_dir() else {}
-        for item in _load_json(source):
+        for number, item in enumerate(_load_json(source), start=1):
+            if not isinstance(item, dict) or not {"id", "template"} <= item.keys():
+                raise ValueError(f"{source}: entry {number} has no id or no template: {item!r}; download it again")
             file = files.get(item["id"])
             path = None if file is None else str(folder / file)
             add(source, item["id"], path, item["template"].replace("[", "").replace("]", ""))
@@ -224,6 +229,16 @@ class Clips:
         )
 
 
+def clip_indices(
+    data: Data, info: VideoInfo, rng: np.random.Generator | None, segment: int = 0, segments: int = 1
+) -> np.ndarray:
+    """The frames of a clip, (num_frames,) int64: at random with `rng`, else number `segment` of `segments`."""
+    if data.sampling == "segments":
+        return clips.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
+    args = (info.timestamps, info.seconds, data.num_frames, data.stride)
+    return clips.dense_indices(*args, rng, segment, segments)
+
+
 def read_clip(
     data: Data,
     path: str | Path,
@@ -239,12 +254,7 @@ def read_clip(
     """
     segment, crop = divmod(view, crops)
     cache = cache or FrameCache(0)
-    info = cache.probe(path)
-    if data.sampling == "segments":
-        indices = clips.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
-    else:
-        args = (info.timestamps, info.seconds, data.num_frames, data.stride)
-        indices = clips.dense_indices(*args, rng, segment, segments)
+    indices = clip_indices(data, cache.probe(path), rng, segment, segments)
     clip = torch.from_numpy(cache.read_frames(path, indices)).permute(0, 3, 1, 2)
     if rng is None:
         return clips.normalise(clips.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
@@ -325,4 +335,6 @@ def _load_csv(path: Path, kind: str) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=1):
         if any(row[column] is None for column in columns):
             raise ValueError(f"{path}: row {number} is incomplete: {row}")
+        if kind == "kinetics" and not (row["time_start"].isdecimal() and row["time_end"].isdecimal()):
+            raise ValueError(f"{path}: row {number}: the times are not whole seconds: {row}")
     return rows

@@ -2,24 +2,27 @@
 
     python -m action_recognition.predict runs/action_recognition/motion_tiny_dr2net/seed0 clip.mp4 --output predictions
 
-writes predictions/clip.png (the frames the network saw, and the probabilities) and predictions/clip.mp4. Probabilities
-are averaged over the test views of the row, as in evaluation. Not here: streaming, localisation in time.
+writes predictions/clip.png (the frames of the middle view, and the probabilities) and predictions/clip.mp4.
+Probabilities are averaged over the test views of the row, as in evaluation. Not here: streaming, localisation in time.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from action_recognition.configs import Config
-from action_recognition.data import class_names, read_clip
+from action_recognition.data import class_names, clip_indices, read_clip
 from action_recognition.evaluate import autocast, load_recognizer
 from action_recognition.head import merge_views
-from dr2net.training import clips
 from dr2net.training.video import probe, read_frames, write_video
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 BAR_COLOUR, TRACK_COLOUR = (66, 110, 180), (225, 229, 236)
 
@@ -53,7 +56,7 @@ def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tupl
         print(f"{probability:6.1%}  {name}")
     output.mkdir(parents=True, exist_ok=True)
     sheet, annotated = output / f"{video.stem}.png", output / f"{video.stem}.mp4"
-    seen = read_frames(video, clips.segment_indices(info.num_frames, config.data.num_frames, None, 0, 1))
+    seen = read_frames(video, clip_indices(config.data, info, None))
     draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(sheet)
     # never onto the input
     if annotated.resolve() == video.resolve():
@@ -76,8 +79,10 @@ def classify(config: Config, model: nn.Module, video: Path) -> Tensor:
     return merge_views(logits.softmax(dim=-1).cpu())
 
 
-def draw_contact_sheet(frames: np.ndarray, top: list[tuple[str, float]], *, title: str, columns: int = 8):
-    """A PIL image: frames uint8 (T, H, W, 3) in reading order, below them a bar per class with its probability."""
+def draw_contact_sheet(
+    frames: np.ndarray, top: list[tuple[str, float]], *, title: str, columns: int = 8
+) -> "Image.Image":
+    """A picture: frames uint8 (T, H, W, 3) in reading order, below them a bar per class with its probability."""
     from PIL import Image, ImageDraw, ImageFont
 
     cell_width = 144

@@ -259,12 +259,19 @@ def test_wrong_labels_and_class_counts_are_named(data):
     file.write_text("[{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_entries(data, "train")
+    file.write_text('[{"id": "1", "label": "a test entry has no template"}]')
+    with pytest.raises(ValueError, match="train.json: entry 1 has no id or no template"):
+        read_entries(data, "train")
     file.write_text("[]")
     with pytest.raises(ValueError, match="no videos"):
         read_entries(data, "train")
     (data.root / "something-something-v2-labels.json").write_text('{"a": "0", "b": "2", "c": "3"}')
     with pytest.raises(ValueError, match="class indices are not 0 to 2"):
         class_names(data)
+    for odd in ('["a"]', '{"a": "first"}'):
+        (data.root / "something-something-v2-labels.json").write_text(odd)
+        with pytest.raises(ValueError, match="labels.json: is not a table of class names and indices"):
+            class_names(data)
     with pytest.raises(FileNotFoundError, match="prepare"):
         class_names(replace(data, root=data.root / "nowhere"))
 
@@ -288,6 +295,10 @@ def test_kinetics_files_are_found_by_id_and_time_with_and_without_class_folders(
     assert Clips(data, "train", train=True)[(0, 1)][0]["video"].shape == (3, 4, SIZE, SIZE)
     with pytest.raises(FileNotFoundError, match="2 of 3 videos"):
         read_entries(data, "validation")
+    header, rows = "label,youtube_id,time_start,time_end,split\n", "abseiling,a,0,10,train\nzumba,b,soon,10,train\n"
+    (tmp_path / "train.csv").write_text(header + rows)
+    with pytest.raises(ValueError, match="train.csv: row 2: the times are not whole seconds"):
+        read_entries(data, "train")
     (tmp_path / "train.csv").write_text("label,id\nx,y\n")
     with pytest.raises(ValueError, match="columns time_end, time_start, youtube_id are missing"):
         class_names(data)
