@@ -51,6 +51,7 @@ def run_step(method: str, batch: int) -> str:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--method", choices=METHODS, help="only this one, in this process")

@@ -43,7 +43,9 @@ def build_vit_small(num_blocks: int) -> nn.Module:
     return VideoMAEModel(config).train()
 
 
-def predict_case(name: str, inversion: str | None, alpha: float, beta: float, batch: int, blocks: int, precision: str):
+def predict_case(
+    name: str, inversion: str | None, alpha: float, beta: float, batch: int, blocks: int, precision: str
+) -> Memory:
     """The Memory of forward and backward in one of CASES."""
     model = build_vit_small(blocks)
     if inversion is not None:
@@ -59,6 +61,7 @@ def predict_case(name: str, inversion: str | None, alpha: float, beta: float, ba
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=16)

@@ -63,6 +63,7 @@ def step(model: nn.Module, tokens: torch.Tensor, precision: str) -> float:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=197)

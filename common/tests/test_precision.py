@@ -68,26 +68,26 @@ def test_anchor_spacing_keeps_the_prediction_below_the_tolerance() -> None:
     assert anchor_spacing(1, 0.1, torch.bfloat16, 1e-3) == 1
 
 
+BOUNDS = [
+    ("exact", 1, 1 / 64, 1e-6),
+    ("exact", 1, 0.1, 1e-6),
+    ("exact", 1, 0.5, 1e-6),
+    ("exact", 0.7, 0.4, 1e-6),
+    ("exact", 0.5, 0.5, 1e-6),
+    ("exact", 0.4, 0.7, 1e-6),
+    ("exact", 0.1, 0.9, 1e-6),
+    ("exact", 0, 1, 1e-6),
+    ("anchored", 1, 0.1, 1e-3),
+    ("anchored", 0.5, 0.5, 1e-3),
+]
+
+
 @pytest.mark.parametrize(
-    ("inversion", "alpha", "beta", "bound"),
-    [
-        ("exact", 1, 1 / 64, 1e-6),
-        ("exact", 1, 0.1, 1e-6),
-        ("exact", 1, 0.5, 1e-6),
-        ("exact", 0.7, 0.4, 1e-6),
-        ("exact", 0.5, 0.5, 1e-6),
-        ("exact", 0.4, 0.7, 1e-6),
-        ("exact", 0.1, 0.9, 1e-6),
-        ("exact", 0, 1, 1e-6),
-        ("float", 0, 1, 1e-6),
-        ("anchored", 1, 0.1, 1e-3),
-        ("anchored", 0.5, 0.5, 1e-3),
-    ],
+    ("inversion", "alpha", "beta", "bound", "autocast"),
+    # the bound of float inversion is for float32 branches
+    [(*case, autocast) for case in BOUNDS for autocast in (False, True)] + [("float", 0, 1, 1e-6, False)],
 )
-@pytest.mark.parametrize("autocast", [False, True])
 def test_measured_error_over_24_branches_stays_below_the_issue_s_bound(inversion, alpha, beta, bound, autocast) -> None:
-    if autocast and inversion == "float":
-        pytest.skip("the bound of float inversion is for float32 branches")
     net = converted(build_net(12, dtype=torch.float32, dropout=0.1, drop_path=0.1), alpha, beta, inversion=inversion)
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

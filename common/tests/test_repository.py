@@ -146,6 +146,26 @@ def test_every_source_file_is_short_and_begins_with_a_docstring() -> None:
         assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{relative(path)} does not say what it is"
 
 
+def untyped(tree: ast.Module) -> list[str]:
+    """Public functions of a module and public methods of its public classes that lack an annotation."""
+    found = []
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    classes = [node for node in classes if "torch.autograd.Function" not in map(ast.unparse, node.bases)]
+    for node in (node for scope in (tree, *classes) for node in scope.body):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            given = node.args
+            every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            bare = [a.arg for a in every if a and a.annotation is None and a.arg not in ("self", "cls")]
+            found += [f"line {node.lineno}: {node.name}({name})" for name in bare]
+            found += [f"line {node.lineno}: {node.name} -> ?"] if node.returns is None else []
+    return found
+
+
+def test_public_functions_are_typed() -> None:
+    assert {relative(p): lines for p in sources() if not is_test(p) and (lines := untyped(parse(p)))} == {}
+    assert len(untyped(ast.parse("def f(a, *, b: int):\n    pass\nclass C:\n    def g(self, c) -> int: ..."))) == 3
+
+
 def test_there_is_one_autograd_function() -> None:
     found = []
     for path in sources():
