@@ -8,7 +8,7 @@ set -euo pipefail
 
 ROOT="data/kinetics400"
 SPLITS="${SPLITS:-train val}"
-PYTHON="${PYTHON:-python}"
+PYTHON="${PYTHON:-.venv/bin/python}"
 OPTIONS=()
 
 for argument in "$@"; do

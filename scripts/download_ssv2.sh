@@ -5,7 +5,7 @@
 set -euo pipefail
 
 ROOT="data/ssv2"
-PYTHON="${PYTHON:-python}"
+PYTHON="${PYTHON:-.venv/bin/python}"
 PARTS=(20bn-something-something-v2-00 20bn-something-something-v2-01)
 LABELS="20bn-something-something-download-package-labels.zip"
 DRY_RUN=0

@@ -14,7 +14,7 @@ multiplication and one rounding less, and y_i = beta * previous wherever somebod
     alpha = 1, beta = 0   the pretrained network, bit for bit
     alpha = 0, beta = 1   Re2TAL's rewired network ("hard" reversible)
 
-Not here: fixed-point arithmetic (`exact.py`), autograd (`reversible.py`), how errors grow (`precision.py`).
+Not here: fixed-point arithmetic (`exact.py`), autograd (`node.py`), how errors grow (`error_law.py`).
 """
 
 import torch

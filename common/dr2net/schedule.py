@@ -5,7 +5,7 @@
     Schedule.constant(0, 1)                            hard reversible: Re2TAL's rewired network
 
 start and end with alpha + beta = 1 stay on that line when both move together. Nothing is remembered between calls, so a
-resumed run continues where it stopped. Not here: the learning rate (`training/engine.py`).
+resumed run continues where it stopped. Not here: the learning rate (`training/optimization.py`).
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
     python -m <task>.train ROW [--method dr2net] [--seed 1] [--any.field value ...]
 
 `--method` picks the same row with another finetuning method, name included; `--seed` is short for `--run.seed`. Every
-other field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them.
+other field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them. The rows
+stand in <task>/configs.py.
 """
 
 import argparse
@@ -30,6 +31,9 @@ def parse_config(row: Callable[[str], C], arguments: Sequence[str]) -> C:
     except ImportError as error:
         raise ImportError("the command line needs tyro: pip install 'dr2net[training]'") from error
 
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if arguments else 2)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("row")
     parser.add_argument("--method", choices=METHODS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dr2net import memory
 from dr2net.training import results
-from dr2net.training.method import apply_method
+from dr2net.training.method import apply_method, set_mode
 from dr2net.training.optimization import build_optimizer
 
 Batch = dict[str, Any]
@@ -29,9 +29,7 @@ def plan_row(
 ) -> results.Record:
     """Predict the peak memory of a training step of a freshly built model; make_batch is called under fake tensors."""
     apply_method(model.backbone, config.finetuning)
-    model.train()
-    if config.finetuning.method == "frozen":
-        model.backbone.eval()
+    set_mode(model, config.finetuning)
     optimizer = build_optimizer(model, config.optimization)
     precision = config.optimization.precision
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
