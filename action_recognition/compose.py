@@ -111,7 +111,7 @@ def write_contact_sheet(path: Path, composition: Composition, *, columns: int = 
 
     rows, bar = [], 14
     for label, template in enumerate(composition.templates()):
-        frames, name = _render(composition, "validation", label, label)
+        frames, name = _render(composition, "validation", 1 + composition.num_train + label, label)
         chosen = frames[np.linspace(0, len(frames) - 1, columns).round().astype(int)]
         row = Image.new("RGB", (columns * composition.size, composition.size + bar), (255, 255, 255))
         row.paste(Image.fromarray(np.concatenate(list(chosen), axis=1)), (0, bar))

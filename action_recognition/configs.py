@@ -138,13 +138,14 @@ def ssv2_vits(method: Method) -> Config:
 
     torchrun --nproc-per-node 8 -m action_recognition.train ssv2_vits_dr2net
     Published for conventional finetuning: 66.8 top-1 (VideoMAE model zoo, 2400 epochs of pretraining).
-    The public ViT-S pretraining checkpoint for SSv2 is in VideoMAE's model zoo; give it with --model.weights FOLDER.
+    We know of no ViT-S pretraining checkpoint on the hub: convert the one of VideoMAE's model zoo with transformers'
+    conversion script into the folder named below, or give another with --model.weights FOLDER.
     """
     return Config(
         row=f"ssv2_vits_{method}",
         preset="paper",
         data=SSV2,
-        model=Model(family="videomae", name="MCG-NJU/videomae-small-ssv2", weights="hub", drop_path=0.1),
+        model=Model(family="videomae", name="videomae-small", weights="data/videomae-small-ssv2", drop_path=0.1),
         optimization=Optimization(
             epochs=40,
             warmup_epochs=5,
@@ -169,7 +170,7 @@ def ssv2_vitb(method: Method) -> Config:
     return replace(
         base,
         row=f"ssv2_vitb_{method}",
-        model=replace(base.model, name="MCG-NJU/videomae-base-ssv2"),
+        model=replace(base.model, name="MCG-NJU/videomae-base-ssv2", weights="hub"),
         optimization=replace(base.optimization, epochs=50, learning_rate=7.5e-4, layer_decay=0.75),
     )
 
@@ -181,7 +182,7 @@ def k400_vits(method: Method) -> Config:
         base,
         row=f"k400_vits_{method}",
         data=K400,
-        model=replace(base.model, name="MCG-NJU/videomae-small-kinetics"),
+        model=replace(base.model, weights="data/videomae-small-kinetics"),
     )
 
 
@@ -192,7 +193,7 @@ def k400_vitb(method: Method) -> Config:
         base,
         row=f"k400_vitb_{method}",
         data=K400,
-        model=replace(base.model, name="MCG-NJU/videomae-base"),
+        model=replace(base.model, name="MCG-NJU/videomae-base", weights="hub"),
     )
 
 
@@ -238,6 +239,7 @@ ROWS |= {"motion_vits_dr2net_float": motion_vits_float}
 def row(name: str) -> Config:
     """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
     if name not in ROWS:
-        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3) or sorted(ROWS)
-        raise ValueError(f"no row {name!r}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(ROWS))}"
+        raise ValueError(f"no row {name!r}; {hint}")
     return ROWS[name]()

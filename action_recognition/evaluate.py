@@ -20,7 +20,7 @@ from action_recognition.configs import Config
 from action_recognition.data import build_test_loader, class_names
 from action_recognition.head import merge_views
 from action_recognition.model import ActionRecognizer, build_model, without_weights
-from dr2net.training.command import config_of_checkpoint
+from dr2net.training.command import config_of_checkpoint, run_command
 from dr2net.training.data import gather
 from dr2net.training.method import load_trained
 
@@ -136,12 +136,12 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=config.optimization.precision != "fp32")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
     parser.add_argument("--root", type=Path, help="the data set's folder, if it has moved since training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, model = load_recognizer(arguments.run, device)
     if arguments.root is not None:
@@ -155,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from action_recognition.configs import Config
 from action_recognition.data import class_names, clip_indices, read_clip
 from action_recognition.evaluate import autocast, load_recognizer
 from action_recognition.head import merge_views
+from dr2net.training.command import run_command
 from dr2net.training.video import probe, read_frames, write_video
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 BAR_COLOUR, TRACK_COLOUR = (66, 110, 180), (225, 229, 236)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
     parser.add_argument("video", type=Path)
     parser.add_argument("--root", type=Path, help="the data set's folder with the class names, if it has moved")
     parser.add_argument("--output", type=Path, default=Path("predictions"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, model = load_recognizer(arguments.run, device)
     if arguments.root is not None:
@@ -129,4 +130,4 @@ def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,7 +3,6 @@
 With --plan nothing is trained: the peak memory of a step is predicted and written to results/, status "not run".
 """
 
-import sys
 from pathlib import Path
 
 from action_recognition.configs import row
@@ -11,7 +10,7 @@ from action_recognition.data import build_loaders
 from action_recognition.evaluate import evaluate
 from action_recognition.head import build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
-from dr2net.training.command import parse_config
+from dr2net.training.command import parse_config, run_command
 from dr2net.training.engine import fit, set_seed
 from dr2net.training.plan import plan_row, publish_plan
 
@@ -32,4 +31,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

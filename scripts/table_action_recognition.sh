@@ -4,7 +4,8 @@
 # Rows whose file is in results/ are skipped; delete the file to predict again. About 30 s a row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-.venv/bin/python}
+export VENV=${VENV:-.venv}
+PYTHON=$VENV/bin/python
 METHODS=${METHODS:-conventional frozen checkpointed reversible dr2net}
 FAMILIES=${FAMILIES:-ssv2_vits ssv2_vitb k400_vits k400_vitb}
 DRY_RUN=0
@@ -14,7 +15,7 @@ for argument in "$@"; do
     *) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
     esac
 done
-export PYTHONPATH="common:."
+[ "$DRY_RUN" = 1 ] || bash scripts/setup.sh
 
 for family in $FAMILIES; do
     for method in $METHODS; do

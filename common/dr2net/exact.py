@@ -25,7 +25,6 @@ Not here: autograd, randomness, who stores what (`reversible.py`).
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,14 +34,6 @@ PRECISION_BITS = {torch.float32: 17, torch.float64: 40}  # of the root mean squa
 EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # a float's exponent bits
 DENOMINATOR = 1024  # a float beta is rounded to a multiple of 1/DENOMINATOR; a power of two divides by shifting
 WORD = 32  # bits of the words remainders are packed into
-
-
-class Stream(NamedTuple):
-    """x_i and x_{i-1} as integers, and the size of one unit: integers (B, ...), grid (B, 1, ...), a power of two."""
-
-    current: Tensor
-    previous: Tensor
-    grid: Tensor
 
 
 def rational(beta: float | Fraction) -> Fraction:

@@ -39,19 +39,18 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
     stored_before = [sequence.store for sequence in of_sequences]
     like = next(iter(parameters.values()))
     states = rng.record(like)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = []
     try:
         for store in (True, False):
             for sequence in of_sequences:
                 sequence.store = store
-            kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
             with torch.enable_grad(), rng.replay(states, like):
                 value = loss(model, batch)
                 gradients.append(torch.autograd.grad(value, list(parameters.values()), allow_unused=True))
-            with torch.no_grad():
-                for buffer, before in kept:
-                    buffer.copy_(before)
+            _restore(buffers)
     finally:
+        _restore(buffers)
         for sequence, store in zip(of_sequences, stored_before, strict=True):
             sequence.store = store
 
@@ -67,6 +66,12 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
         norms[group] += reference.square().sum().item()
     groups = {group: _relative(differences[group], norms[group]) for group in norms}
     return GradientError(_relative(sum(differences.values()), sum(norms.values())), groups)
+
+
+@torch.no_grad()
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def _relative(difference: float, norm: float) -> float:

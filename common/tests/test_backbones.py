@@ -109,7 +109,6 @@ def test_layers_count_from_the_embedding_to_the_head():
 
 
 def test_an_exported_vit_is_read_from_its_graph_and_not_from_its_order():
-    pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
     torch.manual_seed(0)

@@ -27,7 +27,6 @@ def not_a_module():
 
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    pytest.importorskip("timm")
     (tmp_path / "factory_for_cli.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "factory_for_cli", raising=False)
@@ -114,8 +113,6 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_models_of_every_source_are_found() -> None:
-    pytest.importorskip("torchvision")
-    pytest.importorskip("transformers")
     assert type(find_model("torchvision:resnet18")()).__name__ == "ResNet"
     assert type(find_model("transformers:ViTConfig")()).__name__ == "ViTModel"
     assert type(find_model("vit_tiny_patch16_224")()).__name__ == "VisionTransformer"

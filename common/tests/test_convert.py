@@ -17,7 +17,6 @@ GRID = 1e-4  # the issue's bound for the output on the grid against the unquanti
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    pytest.importorskip("timm"), pytest.importorskip("transformers"), pytest.importorskip("pytorchvideo")
     torch.manual_seed(0)
     return FAMILIES[request.param]()
 
@@ -137,7 +136,8 @@ def test_ordinary_blocks_between_reversible_ones_end_a_run_and_start_another() -
 
 
 def test_a_block_without_a_residual_has_alpha_zero() -> None:
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     block = torchvision.models.resnet.BasicBlock(4, 4).double().eval()
     net = nn.Module()
     net.blocks = nn.Sequential(block, copy.deepcopy(block))

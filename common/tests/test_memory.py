@@ -15,13 +15,15 @@ RELATIVE = 0.02  # the promise of the planner; kernels may round workspace sizes
 
 
 def small_vit() -> tuple[nn.Module, tuple[int, ...]]:
-    timm = pytest.importorskip("timm")
+    import timm
+
     model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=128, num_classes=10)
     return model, (16, 3, 128, 128)
 
 
 def small_swin3d() -> tuple[nn.Module, tuple[int, ...]]:
-    transformer = pytest.importorskip("torchvision.models.video.swin_transformer")
+    from torchvision.models.video import swin_transformer as transformer
+
     model = transformer.SwinTransformer3d(
         patch_size=[2, 4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=[4, 7, 7], num_classes=10
     )

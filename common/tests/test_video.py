@@ -3,14 +3,12 @@
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from dr2net.training import video
 from dr2net.training.video import BrokenVideo, probe, read_frames, write_video
-
-av = pytest.importorskip("av")
-pytest.importorskip("decord")
 
 NUM_FRAMES, BITS = 40, 6
 

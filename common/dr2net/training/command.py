@@ -9,6 +9,7 @@ stand in <task>/configs.py.
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -19,6 +20,16 @@ from dr2net.training.checkpoint import read_state
 from dr2net.training.config import METHODS
 
 C = TypeVar("C")
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run `main` on the command line's words. What a user gave wrong (ValueError, a missing file) is one line and exit
+    code 1; anything else is a fault of the program and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
 
 
 def parse_config(row: Callable[[str], C], arguments: Sequence[str]) -> C:
@@ -55,7 +66,7 @@ def with_method(name: str, method: str) -> str:
     """The name of the row that differs only in its finetuning method; ValueError if `name` does not end in a method."""
     base, _, own = name.rpartition("_")
     if own not in METHODS:
-        raise ValueError(f"row {name!r} is not a finetuning row (none of {', '.join(METHODS)} ends its name)")
+        raise ValueError(f"row {name!r} has no other method: only rows whose name ends in {', '.join(METHODS)} have")
     return f"{base}_{method}"
 
 
