@@ -164,7 +164,8 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
         axes.axvline((left + right) / 2, color="#000000", alpha=0.06, linewidth=0.8)
     axes.set_xticks(ticks)
     seeds = sorted({line.num_seeds for line, _ in lines.values()})
-    spread = "one seed" if seeds == [1] else f"mean and standard deviation of {'-'.join(map(str, seeds))} seeds"
+    count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+    spread = "one seed" if seeds == [1] else f"mean and standard deviation of {count} seeds"
     axes.set_title(f"coefficients of {FAMILY}_dr2net, {spread}", fontsize=9, loc="left")
     axes.set_xlabel(
         "stored bits per element and branch, the most over the schedule\n"
