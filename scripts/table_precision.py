@@ -143,7 +143,7 @@ def markdown(entries: list[dict], facts: dict) -> str:
         "arithmetic; 1 is noise. Bits: stored per element and branch. Output: distance of the exact network from the "
         "unquantised one in float64.",
         "",
-        "The real weights end at 22 branches: the last block of the ViT-S/14 that pip brings was damaged by another use.",
+        "The real weights end at 22 branches: the last block of the ViT-S/14 that pip brings is damaged.",
         "",
         "![gradient error as a heat map](precision.png)",
         "",
