@@ -10,8 +10,10 @@ To teach it your own block:
     def _(block):
         return (
             dr2net.Branch("attention", lambda x: block.attn(block.norm1(x)), (block.norm1, block.attn)),
-            dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp)),
+            dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp), independent="tokens"),
         )
+
+`independent` says that the branch may be run in chunks (`chunks.py`), and along what.
 
 Known: timm ViT and Swin blocks, torchvision Swin (2-D, 3-D, v2) and ResNet blocks, transformers ViT and VideoMAE
 layers, pytorchvideo ResNet/SlowFast blocks. The libraries are imported only when a block of theirs is met.
@@ -21,8 +23,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dr2net.chunks import Groups
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,22 @@ class Branch:
     function: F(x, *arguments of the block after x) -> tensor of x's shape, the residual connection left out.
     modules: all modules whose parameters and buffers F uses.
     residual: False if the block has no clean residual connection: F is the whole block and alpha is 0.
+    drop_path: multiplies `function`'s result by a random factor per sample; the last part of F, and not in `function`.
+    independent: F treats each token (all dimensions but the last) or each sample by itself; or a function that makes
+        the groups of an input x. None: unknown.
     """
 
     name: str
     function: Callable[..., Tensor]
     modules: tuple[nn.Module, ...]
     residual: bool = True
+    drop_path: nn.Module | None = None
+    independent: 'Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None' = None
+
+    def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        """F(x), drop path included."""
+        f = self.function(x, *args, **named)
+        return f if self.drop_path is None else self.drop_path(f)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
@@ -70,8 +86,19 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     return branches, "" if branches else "it changes the shape of its input"
 
 
-def _attention_mlp(attention: Callable[..., Tensor], mlp: Callable[..., Tensor], parts: tuple, rest: tuple) -> tuple:
-    return Branch("attention", attention, parts), Branch("mlp", mlp, rest)
+def _attention_mlp(
+    attention: Callable[..., Tensor],
+    mlp: Callable[..., Tensor],
+    parts: tuple[nn.Module, ...],
+    rest: tuple[nn.Module, ...],
+    drop_paths: tuple[nn.Module | None, nn.Module | None] = (None, None),
+    windows: "Callable[[Tensor], Groups] | None" = None,
+) -> tuple[Branch, ...]:
+    """A transformer block's two: global attention sees a sample, window attention a window, the MLP a token."""
+    return (
+        Branch("attention", attention, parts, drop_path=drop_paths[0], independent=windows or "samples"),
+        Branch("mlp", mlp, rest, drop_path=drop_paths[1], independent="tokens"),
+    )
 
 
 def _whole(block: nn.Module) -> tuple[Branch, ...]:
@@ -88,30 +115,33 @@ def _timm() -> None:
     def _(block: Block):
         b = block
         return _attention_mlp(
-            lambda x, *args, **named: b.drop_path1(b.ls1(b.attn(b.norm1(x), *args, **named))),
-            lambda x, *args, **named: b.drop_path2(b.ls2(b.mlp(b.norm2(x)))),
-            (b.norm1, b.attn, b.ls1, b.drop_path1),
-            (b.norm2, b.mlp, b.ls2, b.drop_path2),
+            lambda x, *args, **named: b.ls1(b.attn(b.norm1(x), *args, **named)),
+            lambda x, *args, **named: b.ls2(b.mlp(b.norm2(x))),
+            (b.norm1, b.attn, b.ls1),
+            (b.norm2, b.mlp, b.ls2),
+            (b.drop_path1, b.drop_path2),
         )
 
     @branches_of.register
     def _(block: ResPostBlock):
         b = block
         return _attention_mlp(
-            lambda x, *args, **named: b.drop_path1(b.norm1(b.attn(x, *args, **named))),
-            lambda x, *args, **named: b.drop_path2(b.norm2(b.mlp(x))),
-            (b.norm1, b.attn, b.drop_path1),
-            (b.norm2, b.mlp, b.drop_path2),
+            lambda x, *args, **named: b.norm1(b.attn(x, *args, **named)),
+            lambda x, *args, **named: b.norm2(b.mlp(x)),
+            (b.norm1, b.attn),
+            (b.norm2, b.mlp),
+            (b.drop_path1, b.drop_path2),
         )
 
     @branches_of.register
     def _(block: SwinTransformerBlock):
         b = block
         return _attention_mlp(
-            lambda x: b.drop_path1(b._attn(b.norm1(x))),
-            lambda x: b.drop_path2(b.mlp(b.norm2(x.flatten(1, 2)))).view(x.shape),
-            (b.norm1, b.attn, b.drop_path1),
-            (b.norm2, b.mlp, b.drop_path2),
+            lambda x: b._attn(b.norm1(x)),
+            lambda x: b.mlp(b.norm2(x)),
+            (b.norm1, b.attn),
+            (b.norm2, b.mlp),
+            (b.drop_path1, b.drop_path2),
         )
 
     for bottleneck in (BasicBlock, Bottleneck):
@@ -121,26 +151,37 @@ def _timm() -> None:
 @functools.cache
 def _torchvision() -> None:
     from torchvision.models.resnet import BasicBlock, Bottleneck
-    from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
+    from torchvision.models.swin_transformer import (
+        ShiftedWindowAttention,
+        SwinTransformerBlock,
+        SwinTransformerBlockV2,
+    )
+    from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
+
+    from dr2net.window_attention import Windows
 
     @branches_of.register
     def _(block: SwinTransformerBlock):
         b = block
+        known = type(b.attn) in (ShiftedWindowAttention, ShiftedWindowAttention3d)
         return _attention_mlp(
-            lambda x: b.stochastic_depth(b.attn(b.norm1(x))),
-            lambda x: b.stochastic_depth(b.mlp(b.norm2(x))),
+            lambda x: b.attn(b.norm1(x)),
+            lambda x: b.mlp(b.norm2(x)),
             (b.norm1, b.attn),
             (b.norm2, b.mlp),
+            (b.stochastic_depth, b.stochastic_depth),
+            (lambda x: Windows(b.norm1, b.attn, x)) if known else None,
         )
 
     @branches_of.register
     def _(block: SwinTransformerBlockV2):
         b = block
         return _attention_mlp(
-            lambda x: b.stochastic_depth(b.norm1(b.attn(x))),
-            lambda x: b.stochastic_depth(b.norm2(b.mlp(x))),
+            lambda x: b.norm1(b.attn(x)),
+            lambda x: b.norm2(b.mlp(x)),
             (b.norm1, b.attn),
             (b.norm2, b.mlp),
+            (b.stochastic_depth, b.stochastic_depth),
         )
 
     for bottleneck in (BasicBlock, Bottleneck):

@@ -44,6 +44,8 @@ def convert(
     anchor_every: int | None = None,
     tolerance: float = TOLERANCE,
     store: bool = False,
+    chunk_mib: float | None = None,
+    recompute_rest: bool = False,
 ) -> Report:
     """Make the residual blocks of `model` reversible, in place.
 
@@ -51,6 +53,10 @@ def convert(
     anchor_every: for "anchored": keep both streams every so many branches; None derives it from `tolerance`.
     tolerance: relative gradient error above which "float" warns and below which "anchored" stays.
     store: keep all activations (the reference; no memory is saved).
+    chunk_mib: run and differentiate branches in chunks of about so many MiB (`chunks.py`), torchvision's window
+        attention fused. None: each as a whole, by the model's own code. Smaller needs less memory and more time.
+    recompute_rest: checkpoint what stands outside the sequences (patch embedding and merging, norms), except
+        modules with buffers.
 
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
     converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
@@ -62,7 +68,12 @@ def convert(
     for parent, attribute, name, container in found:
         refuse_hooks(container, name)
         sequence = ReversibleSequence(
-            container, inversion=inversion, anchor_every=anchor_every, tolerance=tolerance, store=store
+            container,
+            inversion=inversion,
+            anchor_every=anchor_every,
+            tolerance=tolerance,
+            store=store,
+            chunk_mib=chunk_mib,
         )
         blocks = 0
         for child, block in container._modules.items():
@@ -77,6 +88,8 @@ def convert(
         containers[parent, attribute] = sequence
     for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
         parent._modules[attribute] = sequence
+    for module in dict.fromkeys(_rest(model)) if recompute_rest else ():
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return Report(
         tuple(sequences), tuple(ordinary), sum(p.numel() for p in inside), sum(p.numel() for p in model.parameters())
     )
@@ -161,6 +174,17 @@ def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modu
             "nn.Sequential or nn.ModuleList inside the model"
         )
     return iter(found)
+
+
+def _rest(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest modules with parameters, and without buffers, in which there is no reversible sequence."""
+    if isinstance(module, ReversibleSequence):
+        return
+    if any(isinstance(m, ReversibleSequence) for m in module.modules()):
+        for child in module.children():
+            yield from _rest(child)
+    elif next(module.parameters(), None) is not None and next(module.buffers(), None) is None:
+        yield module
 
 
 def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:

@@ -84,10 +84,14 @@ def decode(n: Tensor, grid: Tensor) -> Tensor:
     return n.to(grid.dtype).mul_(grid)
 
 
-def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each."""
+def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each.
+
+    `out`, of x's dtype and layout, is overwritten; it may be f.
+    """
     # into x's memory layout, so that a rebuilt stream has the layout of the first one and kernels add in the same order
-    scaled = torch.add(f, x, alpha=alpha, out=torch.empty_like(x)).div_(grid).round_()
+    out = torch.empty_like(x) if out is None or out.stride() != x.stride() else out
+    scaled = torch.add(f, x, alpha=alpha, out=out).div_(grid).round_()
     return scaled.to(INTEGER[x.dtype]), magnitude(scaled)
 
 

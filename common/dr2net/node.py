@@ -3,6 +3,7 @@ keep.
 
     forward   x_i = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}
     backward  recompute F_i at x_{i-1}, differentiate it, rebuild x_{i-2}, hand (x_{i-1}, x_{i-2}) to node i - 1
+              (in chunks, if the branch allows it and the sequence asks for it: `chunks.py`)
 
 Only the last node of a run, anchors, and with exact inversion the remainders and checksums are saved, all of it through
 `ctx.save_for_backward`. The chain of nodes is strictly sequential: x_{i-1} is an input of nodes i and i + 1, so node i
@@ -24,6 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
+from dr2net.chunks import Chunks, differentiate, evaluate
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Node:
     structure: TreeSpec
     dtype: torch.dtype  # of F's input
     parameters: list[nn.Parameter]
+    chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
     autocast: dict[str, Any] = field(default_factory=dict)
     random: rng.States | None = None
@@ -71,6 +74,22 @@ class Node:
             arguments[position] = tensor
         args, named = tree_unflatten(arguments, self.structure)
         version = version_of(x)
+        with self.surroundings():
+            if self.chunks is not None:
+                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored)
+            else:
+                # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
+                f = self.branch(x.view_as(x).to(self.dtype), *args, **named)
+        if f.shape != x.shape:
+            raise ValueError(
+                f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
+            )
+        if version_of(x) != version:
+            raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
+        return f
+
+    def surroundings(self) -> ExitStack:
+        """The contexts in which the branch is computed, the first time and again."""
         with ExitStack() as stack:
             if not self.stored:
                 # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not
@@ -79,15 +98,7 @@ class Node:
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
                 stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
-            # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
-            f = self.branch.function(x.view_as(x).to(self.dtype), *args, **named)
-        if f.shape != x.shape:
-            raise ValueError(
-                f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
-            )
-        if version_of(x) != version:
-            raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
-        return f
+            return stack.pop_all()
 
 
 class DualResidual(torch.autograd.Function):
@@ -132,7 +143,7 @@ class DualResidual(torch.autograd.Function):
             if node.recording:
                 ctx.save_for_backward(*own, *((following, x, *common) if node.keeps else ()))
             return following
-        q, size = exact.quantise(f, x, node.alpha, grid)
+        q, size = exact.quantise(f, x, node.alpha, grid, out=f if node.chunks is not None else None)
         del f, x
         check = exact.checksum(q) if node.recording else None
         following, remainder = exact.step(q, n_previous, node.beta)
@@ -181,10 +192,15 @@ class DualResidual(torch.autograd.Function):
             t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
         ]
         with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
-            f = node.call(x_in, [t.view_as(t) for t in side])
+            if node.chunks is None:
+                f = node.call(x_in, [t.view_as(t) for t in side])
+            else:
+                f, of_x, of_parameters = differentiate(
+                    node.chunks, x_in, grad, node.dtype, node.parameters, node.surroundings
+                )
 
         if node.exact:
-            q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2])
+            q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2], out=f if node.chunks is not None else None)
             if not isinstance(q, FakeTensor):
                 tape.checks.append((node.name, torch.eq(exact.checksum(q), check).all()))
         if node.inverts and node.exact:
@@ -192,7 +208,7 @@ class DualResidual(torch.autograd.Function):
             tape.streams = (streams[1], exact.invert(q, streams[0], remainder, node.beta), streams[2])
             del q, remainder
         elif node.inverts:
-            out = streams[0] if owned else None
+            out = streams[0] if owned else f if node.chunks is not None else None
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
         if node.inverts:
             tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
@@ -200,15 +216,19 @@ class DualResidual(torch.autograd.Function):
             _verify(tape)
         del streams, saved, packed
 
-        wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
-        if f.requires_grad:
-            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
-            del f  # its values are not needed to differentiate it
-            found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
-            del edge, grad_f
-        else:
+        if node.chunks is None:
+            wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
             found = iter(())
-        results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
+            if f.requires_grad:
+                edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
+                del f  # its values are not needed to differentiate it
+                found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
+                del edge, grad_f
+            results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
+        else:
+            del f
+            results = [of_x, *[None] * len(side), *of_parameters]
+            del of_x, of_parameters
         grad_x, grad_previous = results[0], None
         if x_in.requires_grad:
             if node.alpha != 0:

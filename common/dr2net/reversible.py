@@ -9,7 +9,8 @@ each block is one node of the autograd graph (`node.py`).
     "float"     floats              nothing                                      noise at small beta (error_law.py)
 
 At beta = 0 nothing can be inverted and every node keeps its input: plain checkpointing. `store=True` runs the same
-arithmetic under plain autograd with all activations kept: the reference of the tests and of `gradient_error`.
+arithmetic under plain autograd with all activations kept: the reference of the tests and of `gradient_error`. With
+`chunk_mib` the branches that allow it run in chunks (`chunks.py`), else each as a whole.
 
 Not supported: double backward (an error), functorch transforms, reading the second stream.
 """
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
+from dr2net.chunks import split
 from dr2net.error_law import TOLERANCE, anchor_spacing, predicted_error
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 
@@ -54,12 +56,15 @@ class ReversibleSequence(nn.Module):
         anchor_every: int | None = None,
         tolerance: float = TOLERANCE,
         store: bool = False,
+        chunk_mib: float | None = None,
     ) -> None:
         super().__init__()
         if inversion not in get_args(Inversion):
             raise ValueError(f"inversion must be one of {get_args(Inversion)}, not {inversion!r}")
         if anchor_every is not None and (inversion != "anchored" or anchor_every < 1):
             raise ValueError(f"anchor_every={anchor_every} needs inversion='anchored' and a value of at least 1")
+        if chunk_mib is not None and not chunk_mib > 0:
+            raise ValueError(f"chunk_mib={chunk_mib} must be a positive number of MiB, or None for whole branches")
         for name, block in container._modules.items():  # a block that stands there twice runs twice
             self.add_module(name, block)
         self.container_type = type(container)
@@ -67,6 +72,7 @@ class ReversibleSequence(nn.Module):
         self.anchor_every = anchor_every
         self.tolerance = tolerance
         self.store = store
+        self.chunk_mib = chunk_mib
         self.alpha, self.beta = 1.0, 0.0
         self.training = container.training  # of the container alone: blocks may be frozen in eval mode
 
@@ -232,6 +238,7 @@ class _Pass:
             structure=structure,
             dtype=self.dtype,
             parameters=parameters,
+            chunks=split(branch, self.x, args, named, self.sequence.chunk_mib),
         )
         if self.sequence.store:
             result = self._stored(node, side)

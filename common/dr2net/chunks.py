@@ -1,0 +1,190 @@
+"""Branches in chunks: a branch that treats tokens, windows or samples independently never exists as a whole.
+
+    F(x) = [F(x_1), F(x_2), ...]        x cut into groups of rows that do not see each other
+
+A branch declares along what it is independent (`Branch.independent`); from that `split` makes the groups of an input.
+`evaluate` runs F group by group, `differentiate` recomputes and differentiates it group by group: parameter gradients
+are summed, F(x) and the gradient of x are written into one buffer each. A chunk is as many groups as a budget of bytes
+allows, the same number forward and backward, so a recomputation is bitwise the first computation, dropout included.
+Drop path, which is per sample, is drawn once per pass.
+
+Against the branch as a whole: the same to rounding; with dropout in it, other masks of the same distribution.
+Not here: which branches are independent (`branches.py`), windows (`window_attention.py`), streams (`node.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dr2net.branches import Branch
+
+
+class Groups:
+    """Equal, independent groups of rows of x; a row is x's last dimension, and a sample's groups are consecutive.
+
+    function: F for an input of some groups, (num_groups, *inner, C). shape: x's; leading: the dimensions of x that
+    number the groups. `window_attention.Windows` overrides what is not so simple.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], shape: Sequence[int], leading: int) -> None:
+        self.function = function
+        self.count = math.prod(shape[:leading])
+        self.inner = tuple(shape[leading:-1])
+        self.rows = math.prod(self.inner)  # per group
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """What all groups use and is computed once per pass, differentiably, from the parameters."""
+        return ()
+
+    def take(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        """Groups start to stop of x or of a gradient, given as rows (num_rows, C): (stop - start, *inner, C)."""
+        return rows[start * self.rows : stop * self.rows].view(stop - start, *self.inner, rows.shape[-1])
+
+    def put(self, rows: Tensor, values: Tensor, start: int, stop: int) -> None:
+        """The inverse of `take`; `rows` has one row more than x, which may be written and is not read."""
+        rows[start * self.rows : stop * self.rows] = values.reshape(-1, rows.shape[-1])
+
+    def call(self, chunk: Tensor, start: int, stop: int, *shared: Tensor) -> Tensor:
+        """F of groups start to stop."""
+        return self.function(chunk)
+
+    def floats(self, modules: Sequence[nn.Module]) -> int:
+        """An estimate of the floats alive per group while it is differentiated: inputs and outputs of linear layers,
+        and their gradients."""
+        linear = [m for part in modules for m in part.modules() if isinstance(m, nn.Linear)]
+        return 2 * self.rows * max(1, sum(m.in_features + m.out_features for m in linear))
+
+
+class Chunks:
+    """A branch cut for an input of one shape: its groups, how many of them at a time, and its drop path."""
+
+    def __init__(
+        self, groups: Groups, modules: Sequence[nn.Module], drop_path: nn.Module | None, budget: float
+    ) -> None:
+        self.groups = groups
+        self.drop_path = drop_path
+        self.size = int(max(1, min(groups.count, budget / (4 * groups.floats(modules)))))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each chunk."""
+        for start in range(0, self.groups.count, self.size):
+            yield start, min(start + self.size, self.groups.count)
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Drop path's factor for each sample, (B, 1), drawn as for the whole branch; None if nothing is dropped."""
+        if self.drop_path is None:
+            return None
+        ones = x.new_ones(len(x), 1)
+        found = self.drop_path(ones)
+        return None if found is ones else found
+
+    def call(self, chunk: Tensor, start: int, stop: int, factors: Tensor | None, shared: Sequence[Tensor]) -> Tensor:
+        f = self.groups.call(chunk, start, stop, *shared)
+        if f.shape != chunk.shape:
+            raise ValueError(f"groups of shape {tuple(chunk.shape)} became {tuple(f.shape)}; they must keep the shape")
+        if factors is None:
+            return f
+        sample = torch.arange(start, stop, device=f.device) * len(factors) // self.groups.count
+        return f * factors[sample].view(-1, *[1] * (f.dim() - 1)).to(f.dtype)
+
+
+def split(branch: Branch, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float | None) -> Chunks | None:
+    """`branch` in chunks of about `mib` MiB, or None if it has to run on x as a whole."""
+    if mib is None or branch.independent is None:
+        return None
+    if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
+        return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for part in branch.modules for m in part.modules()):
+        return None  # its statistics are over all groups
+
+    def function(chunk: Tensor) -> Tensor:
+        return branch.function(chunk, *args, **named)
+
+    if branch.independent == "tokens":
+        groups = Groups(function, x.shape, x.dim() - 1)
+    elif branch.independent == "samples":
+        groups = Groups(function, x.shape, 1)
+    else:
+        groups = branch.independent(x)
+    return Chunks(groups, branch.modules, branch.drop_path, mib * 2**20)
+
+
+def evaluate(chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool) -> Tensor:
+    """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it."""
+    rows = _rows(x)
+    out = _buffer(rows)
+    shared, factors = chunks.groups.shared(), chunks.factors(x)
+    for start, stop in chunks:
+        chunk = chunks.groups.take(rows, start, stop)
+        if not keep_graph:
+            chunk = chunk.detach().requires_grad_(x.requires_grad)
+        f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, factors, shared)
+        chunks.groups.put(out, f if keep_graph else f.detach(), start, stop)
+    return out[:-1].view(x.shape)
+
+
+def differentiate(
+    chunks: Chunks,
+    x: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    parameters: Sequence[nn.Parameter],
+    surroundings: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """F(x), the gradient of <F(x), grad> for x (None unless x requires it) and for the parameters (None where unused).
+
+    Called with gradients enabled; F, not its derivative, runs in fresh `surroundings()` each time (autocast).
+    F(x) and the gradient of x are fresh, contiguous, and in x's dtype.
+    """
+    rows, grad_rows = _rows(x.detach()), _rows(grad)
+    out, grad_x = _buffer(rows), _buffer(rows) if x.requires_grad else None
+    with surroundings():
+        shared, factors = chunks.groups.shared(), chunks.factors(x)
+    leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
+    inputs = [t for t in (*leaves, *parameters) if t.requires_grad]
+    sums: list[Tensor | None] = [None] * len(inputs)
+    for start, stop in chunks:
+        chunk = chunks.groups.take(rows, start, stop).detach().requires_grad_(x.requires_grad)
+        with surroundings():
+            f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, factors, [t.view_as(t) for t in leaves])
+        chunks.groups.put(out, f.detach(), start, stop)
+        if not f.requires_grad:
+            continue
+        edge, grad_f = torch.autograd.graph.get_gradient_edge(f), chunks.groups.take(grad_rows, start, stop).to(f.dtype)
+        del f
+        wanted = [chunk, *inputs] if grad_x is not None else inputs
+        found = list(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
+        del edge, grad_f
+        if grad_x is not None:
+            of_chunk = found.pop(0)
+            chunks.groups.put(grad_x, torch.zeros_like(chunk) if of_chunk is None else of_chunk, start, stop)
+        for k, value in enumerate(found):
+            if value is not None:
+                total = torch.zeros_like(inputs[k], dtype=_sum_dtype(inputs[k])) if sums[k] is None else sums[k]
+                sums[k] = total.add_(value)
+        del found
+    of_shared = [sums.pop(0) if leaf.requires_grad else None for leaf in leaves]
+    pairs = [(s, g.to(s.dtype)) for s, g in zip(shared, of_shared, strict=True) if g is not None]
+    if pairs:
+        more = torch.autograd.grad([s for s, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True)
+        sums = [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, more, strict=True)]
+    of_parameters = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+    return out[:-1].view(x.shape), None if grad_x is None else grad_x[:-1].view(x.shape), of_parameters
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _buffer(rows: Tensor) -> Tensor:
+    return rows.new_empty(len(rows) + 1, rows.shape[1])
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Sums over many chunks in bfloat16 would lose the small ones."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,119 @@
+"""Fused shifted-window attention for torchvision's Swin and Swin3d blocks, some windows at a time.
+
+    attention(norm(x)) on windows:   softmax(q k^T / sqrt(d) + bias + mask) v        by scaled_dot_product_attention
+
+with bias the relative position bias and mask = -100 between the regions that the cyclic shift brings together. Padding,
+shift and partition are index arithmetic, so no shifted, padded or partitioned copy of x exists. It reads torchvision's
+own modules (weights and state_dict keys unchanged) and equals their output to rounding. `dr2net.convert` uses it when
+branches run in chunks; without chunks torchvision's own forward runs. Not here: Swin v2 (cosine attention), whose
+attention is only cut by samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dr2net.chunks import Groups
+
+SHIFT_MASK = -100.0  # torchvision's value
+
+
+class Windows(Groups):
+    """The windows of x, (B, *size, C), size = (H, W) or (T, H, W), as independent groups of tokens.
+
+    norm, attention: norm1 and attn (ShiftedWindowAttention or ShiftedWindowAttention3d) of a torchvision block.
+    """
+
+    def __init__(self, norm: nn.Module, attention: nn.Module, x: Tensor) -> None:
+        self.norm, self.attention = norm, attention
+        self.samples, *self.size, _ = x.shape
+        window, shift = list(attention.window_size), list(attention.shift_size)
+        if len(window) == 3:  # as torchvision does it: the 3-D window shrinks to a small input, the 2-D one does not
+            shift = [0 if n <= w else s for n, w, s in zip(self.size, window, shift, strict=True)]
+            window = [min(n, w) for n, w in zip(self.size, window, strict=True)]
+        else:
+            shift = [0 if n <= w else s for n, w, s in zip(self.size, window, shift, strict=True)]
+        self.window, self.shift = window, shift
+        self.grid = [-(-n // w) for n, w in zip(self.size, window, strict=True)]  # windows along each dimension
+        self.padded = [g * w for g, w in zip(self.grid, window, strict=True)]
+        self.count = self.samples * math.prod(self.grid)
+        self.rows = math.prod(window)
+        self.inner = (self.rows,)
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """The relative position bias, (1, heads, N, N), N tokens per window."""
+        if len(self.window) == 3:
+            return (self.attention.get_relative_position_bias(self.window),)
+        return (self.attention.get_relative_position_bias(),)
+
+    def take(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        index, real = self._tokens(start, stop, rows.device)
+        found = rows.index_select(0, index.flatten().clamp(max=len(rows) - 1))
+        if real is not None:
+            found = found.masked_fill(~real.view(-1, 1), 0)
+        return found.view(stop - start, self.rows, rows.shape[-1])
+
+    def put(self, rows: Tensor, values: Tensor, start: int, stop: int) -> None:
+        index, _ = self._tokens(start, stop, rows.device)  # padding goes into the row too many
+        rows.index_copy_(0, index.flatten(), values.reshape(-1, rows.shape[-1]).to(rows.dtype))
+
+    def call(self, chunk: Tensor, start: int, stop: int, *shared: Tensor) -> Tensor:
+        """(num_windows, N, C) -> the same."""
+        attention, (bias,) = self.attention, shared
+        h = self.norm(chunk)
+        _, real = self._tokens(start, stop, chunk.device)
+        if real is not None:  # padding is put in after the norm
+            h = h.masked_fill(~real.unsqueeze(-1), 0)
+        num_windows, n, width = h.shape
+        qkv = F.linear(h, attention.qkv.weight, attention.qkv.bias)
+        del h
+        q, k, v = qkv.view(num_windows, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = bias.to(q.dtype)
+        if any(self.shift):
+            bias = bias + self._shift_mask(start, stop, bias)
+        dropout = attention.attention_dropout if attention.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        h = F.linear(h.transpose(1, 2).reshape(num_windows, n, width), attention.proj.weight, attention.proj.bias)
+        return F.dropout(h, attention.dropout, attention.training)
+
+    def floats(self, modules: Sequence[nn.Module]) -> int:
+        """With three attention maps: the mask, the scores, and a gradient, where the kernel is not fused."""
+        return super().floats(modules) + 3 * self.attention.num_heads * self.rows**2
+
+    def _positions(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """The sample of each window, (num_windows, 1), and per dimension the place of each token in the shifted and
+        padded volume, (num_windows, N)."""
+        number = torch.arange(start, stop, device=device).unsqueeze(1)
+        inside = torch.arange(self.rows, device=device).unsqueeze(0)
+        places: list[Tensor] = []
+        for g, w in zip(reversed(self.grid), reversed(self.window), strict=True):
+            places.insert(0, number % g * w + inside % w)
+            number, inside = number // g, inside // w
+        return number, places
+
+    def _tokens(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The row of x that each token of each window is, and whether it is one at all (None: all are), both
+        (num_windows, N). Padding has the number of the row after the last."""
+        index, places = self._positions(start, stop, device)
+        real = None
+        for n, padded, shift, place in zip(self.size, self.padded, self.shift, places, strict=True):
+            place = (place + shift) % padded if shift else place
+            if padded > n:
+                real = place < n if real is None else real & (place < n)
+            index = index * n + place
+        if real is not None:
+            index = torch.where(real, index, self.samples * math.prod(self.size))
+        return index, real
+
+    def _shift_mask(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """(num_windows, 1, N, N): SHIFT_MASK between tokens that the shift brought together from opposite borders."""
+        _, places = self._positions(start, stop, like.device)
+        region: Tensor | int = 0
+        for padded, window, shift, place in zip(self.padded, self.window, self.shift, places, strict=True):
+            if shift:
+                region = region * 3 + (place >= padded - window).int() + (place >= padded - shift).int()
+        apart = region.unsqueeze(1) != region.unsqueeze(2)
+        return apart.unsqueeze(1).to(like.dtype) * SHIFT_MASK
