@@ -28,7 +28,7 @@ CASES = (  # name, inversion, alpha, beta
     ("exact (0, 1)", "exact", 0.0, 1.0),
     ("float (.9, .1)", "float", 0.9, 0.1),
     ("exact (.9, .1)", "exact", 0.9, 0.1),
-    ("float (63/64, 1/64)", "float", 63 / 64, 1 / 64),
+    ("exact (7/8, 1/8)", "exact", 7 / 8, 1 / 8),
     ("exact (63/64, 1/64)", "exact", 63 / 64, 1 / 64),
 )
 
