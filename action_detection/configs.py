@@ -1,0 +1,191 @@
+"""The rows of the temporal action detection table: one plain function per (data set, backbone), times five methods.
+
+    row("untrimmed_tiny_dr2net")              # -> Config
+    python -m action_detection.train untrimmed_tiny_dr2net --optimization.epochs 2
+
+A row's name is `<data set>_<backbone>_<method>`; the docstring of its function is its lab notebook. A variant is a
+function of three lines plus its name in `FAMILIES`. Paths are relative to the root of the repository, where the
+commands are run.
+"""
+
+import difflib
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from action_detection.data import Data
+from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Preset, Run
+
+SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # made by scripts/make_swin_weights.sh
+
+UNTRIMMED = Data(cache_gib=1.0)
+ACTIVITYNET = Data(
+    kind="activitynet",
+    root=Path("data/activitynet"),
+    num_classes=200,
+    num_steps=192,
+    frames_per_step=4,
+    image_size=224,
+    windows="whole",
+    crop_scale=(0.8, 1.0),
+    flip=True,
+)
+THUMOS = Data(
+    kind="thumos",
+    root=Path("data/thumos14"),
+    num_classes=20,
+    train_subset="training",
+    test_subset="validation",
+    num_steps=512,
+    frames_per_step=2,
+    image_size=224,
+    windows="sliding",
+    fps=15.0,
+    overlap=0.5,
+    crop_scale=(0.8, 1.0),
+    flip=True,
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The pretrained backbone and its detection head. Window length and image size are those of `Data`."""
+
+    backbone: Literal["small", "swin3d_t", "swin3d_s", "swin3d_b", "slowfast101"] = "small"
+    weights: str | None = SMALL_WEIGHTS  # "kinetics" (torchvision's), a file; None: random, to pretrain or to plan
+    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0
+    head: Literal["actionformer", "vsgn"] = "actionformer"
+    width: int = 128  # channels of the head
+    num_levels: int = 4  # of the pyramid, each half as long as the one before
+    window: int = 9  # steps that local attention sees (actionformer); odd
+    head_drop_path: float = 0.0
+    class_agnostic: bool = False  # one class "action"; classes then come from `Detection.class_scores`
+
+
+@dataclass(frozen=True)
+class Detection:
+    """From the network's candidates to the detections of a video."""
+
+    nms: Literal["soft", "hard", "none"] = "soft"
+    sigma: float = 0.5  # soft: a score decays by exp(-iou^2 / sigma)
+    iou_threshold: float = 0.1  # hard: above it the lower score goes
+    vote_threshold: float = 0.0  # boundaries become the mean over candidates that overlap more than this; 0: off
+    multi_class: bool = True  # suppress within a class only
+    min_score: float = 1e-3
+    max_candidates: int = 2000  # per window, before suppression
+    max_detections: int = 200  # per video
+    tious: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)  # thresholds of the metric
+    class_scores: Path | None = None  # JSON of video-level class scores of an outside classifier
+    class_scores_sha256: str | None = None  # its checksum; the label file alone moves mAP by points
+    class_scores_top: int = 2  # classes per video taken from it
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    row: str
+    preset: Preset
+    data: Data
+    model: Model = field(default_factory=Model)
+    detection: Detection = field(default_factory=Detection)
+    optimization: Optimization = field(default_factory=Optimization)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+    run: Run = field(default_factory=Run)
+
+
+def untrimmed_tiny(method: Method) -> Config:
+    """The tiny preset: the laptop row on a few videos."""
+    base = untrimmed_small(method)
+    return replace(
+        base,
+        row=f"untrimmed_tiny_{method}",
+        preset="tiny",
+        data=replace(base.data, num_videos=16),
+        optimization=replace(base.optimization, epochs=4),
+        run=replace(base.run, evaluate_every_epochs=4),
+    )
+
+
+def untrimmed_small(method: Method) -> Config:
+    """The laptop preset: a small Video Swin, pretrained on motion, finds motions in composed untrimmed videos."""
+    return Config(
+        row=f"untrimmed_small_{method}",
+        preset="laptop",
+        data=UNTRIMMED,
+        optimization=Optimization(
+            epochs=8,
+            warmup_epochs=0.5,
+            global_batch=4,
+            learning_rate=1e-3,
+            backbone_multiplier=0.1,
+            clip_norm=1.0,
+            precision="fp32",
+        ),
+        finetuning=Finetuning(method=method),
+        run=Run(micro_batch=4, num_workers=0, evaluate_every_epochs=8),
+    )
+
+
+def anet_swint(method: Method) -> Config:
+    """ActivityNet-1.3, Video Swin-T, ActionFormer head: OpenTAD's recipe, 15 epochs. Not run here."""
+    return Config(
+        row=f"anet_swint_{method}",
+        preset="paper",
+        data=ACTIVITYNET,
+        model=Model(
+            backbone="swin3d_t",
+            weights="kinetics",
+            drop_path=0.2 if method in ("reversible", "dr2net") else 0.1,
+            width=256,
+            num_levels=6,
+            window=9,
+            head_drop_path=0.1,
+            class_agnostic=True,
+        ),
+        detection=Detection(
+            tious=tuple(0.5 + 0.05 * i for i in range(10)),
+            class_scores=Path("data/activitynet/class_scores.json"),
+            max_detections=100,
+        ),
+        optimization=Optimization(
+            epochs=15,
+            warmup_epochs=5,
+            global_batch=8,
+            learning_rate=1e-3,
+            backbone_multiplier=0.01,
+            clip_norm=1.0,
+            ema_decay=0.999,
+            precision="bf16",
+        ),
+        finetuning=Finetuning(method=method),
+        run=Run(micro_batch=2, num_workers=8),
+    )
+
+
+def thumos_swint(method: Method) -> Config:
+    """THUMOS-14, Video Swin-T, ActionFormer head: OpenTAD's recipe. Not run here."""
+    base = anet_swint(method)
+    return replace(
+        base,
+        row=f"thumos_swint_{method}",
+        data=THUMOS,
+        model=replace(base.model, width=512, window=19, class_agnostic=False),
+        detection=Detection(sigma=0.5, tious=(0.3, 0.4, 0.5, 0.6, 0.7), vote_threshold=0.7),
+        optimization=replace(base.optimization, global_batch=2, learning_rate=1e-4, backbone_multiplier=0.1),
+        run=replace(base.run, micro_batch=1),
+    )
+
+
+FAMILIES = (untrimmed_tiny, untrimmed_small, anet_swint, thumos_swint)
+ROWS = {f"{family.__name__}_{method}": partial(family, method) for family in FAMILIES for method in METHODS}
+
+
+def row(name: str) -> Config:
+    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
+    if name not in ROWS:
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(ROWS))}"
+        raise ValueError(f"no row {name!r}; {hint}")
+    return ROWS[name]()
