@@ -149,7 +149,7 @@ def _import(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"reading video needs {name}; install it with: pip install 'dr2net[action_recognition]'"
+            f"reading video needs {name}; install it with: pip install 'dr2net[video]'"
         ) from error
 
 
