@@ -156,6 +156,14 @@ def test_frozen_keeps_the_backbone_and_stores_no_graph_for_it(tmp_path):
     assert not torch.equal(before["head.weight"], model.state_dict()["head.weight"])
 
 
+def test_chunks_and_recomputation_of_the_rest_reach_the_conversion():
+    for chunk_mib, expected in ((0, None), (0.5, 0.5)):
+        backbone = Toy().backbone
+        engine.apply_method(backbone, Finetuning(chunk_mib=chunk_mib, recompute_rest=chunk_mib > 0))
+        assert backbone.blocks.chunk_mib == expected
+        assert ("forward" in vars(backbone.norm)) == (chunk_mib > 0)
+
+
 def test_the_coefficients_follow_the_schedule_and_are_restored_for_prediction(tmp_path):
     moving = {"method": "dr2net", "path": "together", "start": (0.75, 0.25), "end": (0.25, 0.75), "until": 0.5}
     config = toy_config(tmp_path, {"finetuning": moving, "optimization": {"epochs": 2}})

@@ -29,6 +29,8 @@ class Finetuning:
     guard_every_epochs: int = 1  # measure the true gradient error on one batch; 0: never
     tolerance: float = 1e-2  # relative gradient error allowed: anchors keep it, float and the guard warn above it
     stop_above_tolerance: bool = False  # True: the guard stops the run instead of warning
+    chunk_mib: float = 0  # reversible and dr2net: branches in chunks of so many MiB (`dr2net.convert`); 0: whole
+    recompute_rest: bool = False  # reversible and dr2net: recompute patch embedding, merging and norms as well
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Optimization:
     clip_norm: float = 0.0  # 0: off
     ema_decay: float = 0.0  # 0: off; else evaluation uses the averaged weights
     precision: Precision = "bf16"
+    in_backward: bool = False  # step each parameter inside backward and free its gradient; no clipping, no accumulation
 
 
 @dataclass(frozen=True)

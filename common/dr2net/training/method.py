@@ -33,7 +33,13 @@ def apply_method(backbone: nn.Module, finetuning: Finetuning) -> None:
         case "checkpointed":
             dr2net.checkpoint_blocks(backbone)
         case "reversible" | "dr2net":
-            dr2net.convert(backbone, inversion=finetuning.inversion, tolerance=finetuning.tolerance)
+            dr2net.convert(
+                backbone,
+                inversion=finetuning.inversion,
+                tolerance=finetuning.tolerance,
+                chunk_mib=finetuning.chunk_mib or None,
+                recompute_rest=finetuning.recompute_rest,
+            )
             dr2net.set_coefficients(backbone, *coefficients(finetuning, 0.0))
         case unknown:
             raise ValueError(f"unknown method {unknown!r}; see dr2net.training.config.METHODS")
