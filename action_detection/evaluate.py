@@ -1,0 +1,265 @@
+"""Average mAP over temporal IoU, ActivityNet's metric (`metric.py`), of a network, a run or a prediction file.
+
+    python -m action_detection.evaluate runs/action_detection/untrimmed_tiny_dr2net/seed0
+    python -m action_detection.evaluate --ground-truth gt.json --predictions detections.json --tiou 0.5:0.95:10
+
+The first writes detections.json, in the form that the ActivityNet server takes, into the run's folder and prints the
+metrics in percent; the second prints those of any such file. From the network's candidates to detections: the windows
+of a video together, each once, then suppression (`ops.py`), then, for a class-agnostic network, the classes from
+`detection.class_scores`. Not here: which windows there are (`data.py`), their candidates (`head.py`).
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from action_detection.configs import Config, Detection
+from action_detection.data import Annotations, build_test_loader, read_annotations
+from action_detection.metric import evaluate_files, evaluate_rows
+from action_detection.model import ActionDetector, build_model, without_weights
+from action_detection.ops import Window, soft_nms
+from dr2net.training.command import config_of_checkpoint, run_command
+from dr2net.training.data import gather, to_device
+from dr2net.training.method import load_trained
+
+__all__ = ["build_evaluate", "evaluate_files"]
+
+# Class scores of one video: (K,), in the order of the annotation file's class names.
+ClassScores = dict[str, np.ndarray]
+
+
+class Detected(NamedTuple):
+    """The detections of one video, best first."""
+
+    segments: Tensor  # (M, 2) seconds
+    scores: Tensor  # (M,)
+    labels: Tensor  # (M,) index into the class names
+
+
+def build_evaluate(config: Config) -> Callable[[nn.Module, Iterable[dict]], dict[str, float]]:
+    """evaluate(model, batches) -> {"average_mAP", "mAP@0.30", ...} in percent, over all devices' shares.
+
+    The ground truth is the test subset's. Raises FileNotFoundError or ValueError now, not after hours of training, if
+    annotations or class scores are missing or do not fit.
+    """
+    annotations = read_annotations(config.data)
+    class_scores = read_class_scores(config, annotations)
+    if not any(len(video.labels) for video in test_videos(config, annotations).values()):
+        raise ValueError(f"subset {config.data.test_subset!r} has no annotated actions: set data.test_subset")
+
+    def evaluate(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
+        windows = gather(detect_windows(model, batches, config.detection))
+        return score(config, annotations, detections(windows, config.detection, class_scores))
+
+    return evaluate
+
+
+def test_videos(config: Config, annotations: Annotations) -> dict[str, Any]:
+    """The videos of the test subset by name."""
+    return {name: video for name, video in annotations.videos.items() if video.subset == config.data.test_subset}
+
+
+@torch.no_grad()
+def detect_windows(model: nn.Module, batches: Iterable[dict], settings: Detection) -> list[Window]:
+    """The candidates in this device's share of the windows. model: an ActionDetector in eval mode."""
+    windows: list[Window] = []
+    device = next(model.parameters()).device
+    for batch in batches:
+        batch = to_device(batch, device)
+        windows += model.head.detect(model(batch), batch, settings)
+    return windows
+
+
+def detections(
+    windows: Iterable[Window], settings: Detection, class_scores: ClassScores | None = None
+) -> dict[str, Detected]:
+    """Windows merged by video, suppressed, with classes. The same (name, window) twice counts once."""
+    videos: dict[str, dict[int, Window]] = {}
+    for window in windows:
+        videos.setdefault(window.name, {})[window.window] = window
+    found = {}
+    for name, own in videos.items():
+        parts = [own[number] for number in sorted(own)]
+        try:
+            kept = soft_nms(
+                torch.cat([part.segments for part in parts]),
+                torch.cat([part.scores for part in parts]),
+                torch.cat([part.labels for part in parts]),
+                method=settings.nms,
+                sigma=settings.sigma,
+                iou_threshold=settings.iou_threshold,
+                min_score=settings.min_score,
+                max_detections=settings.max_detections,
+                multi_class=settings.multi_class,
+                vote_threshold=settings.vote_threshold,
+            )
+        except ValueError as error:
+            raise ValueError(f"video {name!r}: {error}") from error
+        found[name] = Detected(*kept)
+        if class_scores is not None:
+            found[name] = with_classes(found[name], class_scores[name], settings.class_scores_top)
+    return found
+
+
+def with_classes(actions: Detected, class_scores: np.ndarray, top: int) -> Detected:
+    """Each detection once per best class of its video, its score multiplied by the class's; best first.
+
+    class_scores: (K,). The square root that some recipes take of the product changes no order, hence no metric.
+    """
+    best = torch.from_numpy(np.argsort(-class_scores, kind="stable")[:top])
+    scores = actions.scores[:, None] * torch.from_numpy(class_scores)[best].to(actions.scores.dtype)
+    segments = actions.segments[:, None].expand(-1, len(best), 2).reshape(-1, 2)
+    order = scores.flatten().argsort(descending=True, stable=True)
+    return Detected(segments[order], scores.flatten()[order], best.repeat(len(actions.scores))[order])
+
+
+def score(config: Config, annotations: Annotations, found: dict[str, Detected]) -> dict[str, float]:
+    """average_mAP, then mAP at each of config.detection.tious, in percent."""
+    truth = [
+        (name, annotations.class_names[int(label)], float(segment[0]), float(segment[1]))
+        for name, video in test_videos(config, annotations).items()
+        for label, segment in zip(video.labels, video.segments, strict=True)
+    ]
+    rows = [
+        (name, annotations.class_names[label], *segment, value)
+        for name, own in found.items()
+        for label, segment, value in zip(own.labels.tolist(), own.segments.tolist(), own.scores.tolist(), strict=True)
+    ]
+    return named(evaluate_rows(truth, rows, config.detection.tious), config.detection.tious)
+
+
+def named(result: dict[str, Any], tiou: Iterable[float]) -> dict[str, float]:
+    """What `evaluate_files` returns, in percent and with names."""
+    per_threshold = {f"mAP@{t:.2f}": 100 * value for t, value in zip(tiou, result["mAP"], strict=True)}
+    return {"average_mAP": 100 * result["average_mAP"], **per_threshold}
+
+
+def read_class_scores(config: Config, annotations: Annotations) -> ClassScores | None:
+    """Video-level scores of an outside classifier for the test videos, in the order of the class names; None without.
+
+    JSON, the form of CUHK's cuhk_val_simp_share.json: {"class": [names], "results": {video id: [one score per class]}}
+    ("classes" for "class" is taken too). Classes are found by name. Raises FileNotFoundError, or ValueError: wrong
+    checksum, a class or a test video missing, another number of scores, a score that is no finite number.
+    """
+    path, names = config.detection.class_scores, annotations.class_names
+    if (path is not None) != config.model.class_agnostic:
+        raise ValueError(
+            "model.class_agnostic and detection.class_scores need each other: "
+            f"they are {config.model.class_agnostic} and {path}"
+        )
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no class scores; put the file there or set detection.class_scores")
+    content = path.read_bytes()
+    digest, expected = hashlib.sha256(content).hexdigest(), config.detection.class_scores_sha256
+    if expected is not None and digest != expected:
+        raise ValueError(f"{path} has sha256 {digest}, expected {expected}: another label file, other results")
+    try:
+        data = json.loads(content)
+        columns = {name: k for k, name in enumerate(data["class"] if "class" in data else data["classes"])}
+        results = data["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: want JSON {{"class": [names], "results": {{id: [scores]}}}} ({error!r})') from error
+    if absent := [name for name in names if name not in columns]:
+        raise ValueError(f"{path}: no scores for {len(absent)} classes, among them {', '.join(absent[:5])}")
+    videos = test_videos(config, annotations)
+    if absent := [name for name in videos if name not in results]:
+        raise ValueError(
+            f"{path}: no scores for {len(absent)} of {len(videos)} test videos, among them {', '.join(absent[:5])}; "
+            "add them, or take the videos out of the annotation file"
+        )
+    scores = {}
+    for name in videos:
+        row = np.asarray(results[name])
+        if row.shape != (len(columns),) or row.dtype.kind not in "if" or not np.isfinite(row).all():
+            raise ValueError(f"{path}: video {name}: want {len(columns)} finite numbers, got {str(results[name])[:60]}")
+        scores[name] = row.astype(np.float64)[[columns[own] for own in names]]
+    return scores
+
+
+def write_detections(path: Path, found: dict[str, Detected], class_names: tuple[str, ...]) -> None:
+    """The official submission format: {"version", "results": {id: [{label, score, segment}]}, "external_data"}."""
+    results = {
+        name: [
+            {"label": class_names[label], "score": value, "segment": segment}
+            for label, value, segment in zip(
+                own.labels.tolist(), own.scores.tolist(), own.segments.tolist(), strict=True
+            )
+        ]
+        for name, own in found.items()
+    }
+    path.write_text(json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n")
+
+
+def load_detector(run: Path, device: torch.device) -> tuple[Config, ActionDetector]:
+    """The Config and the trained network, in eval mode, of a run. FileNotFoundError or ValueError if unusable."""
+    folder = run / "checkpoint" if (run / "checkpoint").is_dir() else run
+    config = config_of_checkpoint(folder, Config)
+    model = build_model(without_weights(config))
+    load_trained(model, config.finetuning, folder)
+    return config, model.to(device)
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The precision in which the row was trained."""
+    dtype = torch.float16 if config.optimization.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.optimization.precision != "fp32")
+
+
+def parse_tiou(text: str) -> tuple[float, ...]:
+    """ "0.5:0.95:10", first, last and how many, evenly spaced as by the official script; or "0.3,0.5". ValueError."""
+    try:
+        if ":" in text:
+            first, last, count = text.split(":")
+            return tuple(np.linspace(float(first), float(last), int(count)).tolist())
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--tiou {text}: want first:last:count or numbers with commas, as 0.5:0.95:10") from error
+
+
+def main(words: list[str]) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, or a checkpoint folder")
+    parser.add_argument("--root", type=Path, help="the data set's folder, if it has moved since training")
+    parser.add_argument("--ground-truth", type=Path, help="annotations, in ActivityNet's form")
+    parser.add_argument("--predictions", type=Path, help="detections, in the official submission format")
+    parser.add_argument("--subset", default="validation")
+    parser.add_argument("--tiou", default="0.5:0.95:10", help="first:last:count, or numbers with commas")
+    parser.add_argument("--drop-duplicates", action="store_true", help="of the ground truth, as OpenTAD does")
+    arguments = parser.parse_args(words)
+    files = (arguments.ground_truth, arguments.predictions)
+    if (arguments.run is None) == (files == (None, None)) or (arguments.run is None and None in files):
+        parser.error("give a run's folder, or --ground-truth and --predictions")
+    if arguments.run is None:
+        tiou = parse_tiou(arguments.tiou)
+        result = evaluate_files(*files, tiou, arguments.subset, drop_duplicates=arguments.drop_duplicates)
+        for name, value in named(result, tiou).items():
+            print(f"{name} {value:.2f}")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, model = load_detector(arguments.run, device)
+    if arguments.root is not None:
+        config = replace(config, data=replace(config.data, root=arguments.root))
+    annotations = read_annotations(config.data)
+    class_scores = read_class_scores(config, annotations)
+    with autocast(config, device):
+        windows = detect_windows(model, build_test_loader(config), config.detection)
+    found = detections(windows, config.detection, class_scores)
+    metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(config, annotations, found).items())
+    print(f"{config.row} seed {config.run.seed}: {metrics}")
+    write_detections(arguments.run / "detections.json", found, annotations.class_names)
+    print(arguments.run / "detections.json")
+
+
+if __name__ == "__main__":
+    run_command(main)
