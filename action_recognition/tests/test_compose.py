@@ -8,7 +8,7 @@ import pytest
 
 from action_recognition import compose
 from action_recognition.compose import Composition, write_contact_sheet, write_dataset
-from dr2net.training.motion import MOTIONS, _track, render_clip
+from dr2net.training.motion import MOTIONS, draw_track, render_clip
 from dr2net.training.sprites import SHAPES, objects_of
 from dr2net.training.video import probe, read_frames
 
@@ -43,7 +43,7 @@ def test_the_place_of_the_object_in_one_frame_does_not_tell_the_class():
     points, labels = [], []
     for i in range(2400):
         kind, backwards = MOTIONS[kinds[i % 8]]
-        track = _track(rng, kind, 20)
+        track = draw_track(rng, kind, 20)
         t = int(rng.integers(20))
         t = 19 - t if backwards else t
         points.append([track.x[t], track.y[t], np.log(track.radius[t])])
@@ -63,7 +63,7 @@ def test_the_motion_does_tell_the_class():
     for i in range(200):
         name = list(MOTIONS)[:8][i % 8]
         kind, backwards = MOTIONS[name]
-        track = _track(rng, kind, 20)
+        track = draw_track(rng, kind, 20)
         a, b = (19, 0) if backwards else (0, 19)
         change = np.array(
             [
@@ -84,12 +84,12 @@ def test_objects_turn_clockwise_on_the_screen():
     # A quarter of a turn clockwise takes the arrow's tip from the top to the right.
     from PIL import Image
 
-    from dr2net.training.motion import _place
+    from dr2net.training.motion import place_object
     from dr2net.training.sprites import draw_object
 
     sprite, _ = draw_object(np.random.default_rng(0), "arrow", "plain")
     mask = Image.fromarray(sprite).convert("RGBa")
-    up, right = (_place([mask], 96, 48, 48, 40, angle)[..., 3] for angle in (0.0, np.pi / 2))
+    up, right = (place_object([mask], 96, 48, 48, 40, angle)[..., 3] for angle in (0.0, np.pi / 2))
     np.testing.assert_allclose(np.rot90(up, -1)[4:-4, 4:-4], right[4:-4, 4:-4], atol=160)
     assert np.abs(np.rot90(up, -1) - right).mean() < 4 < np.abs(np.rot90(up, 1) - right).mean()
 

@@ -65,24 +65,32 @@ def render_clip(
     shape, texture = pairs[int(rng.integers(len(pairs)))]
     sprite, name = draw_object(rng, shape, texture)
     background = draw_background(rng, size).astype(np.float32)
-    track = _track(rng, kind, length)
-    flicker = 1 + 0.06 * rng.uniform(0, 1) * _smooth(rng, length)
+    track = draw_track(rng, kind, length)
+    flicker = 1 + 0.06 * rng.uniform(0, 1) * smooth_curve(rng, length)
     noise_level = rng.uniform(1, 5)
 
-    pyramid = [Image.fromarray(sprite).convert("RGBa")]  # premultiplied, so that edges interpolate rightly
-    while pyramid[-1].width > 8:  # halved again and again, so that shrinking does not alias
-        pyramid.append(pyramid[-1].resize((pyramid[-1].width // 2,) * 2, Image.Resampling.BOX))
+    pyramid = halve_again(sprite)
     frames = np.empty((length, size, size, 3), np.uint8)
     for t in range(length):
-        layer = _place(pyramid, size, track.x[t] * size, track.y[t] * size, track.radius[t] * size, track.angle[t])
+        layer = place_object(
+            pyramid, size, track.x[t] * size, track.y[t] * size, track.radius[t] * size, track.angle[t]
+        )
         canvas = background * (1 - layer[..., 3:] / 255) + layer[..., :3]
         noise = rng.standard_normal((size, size, 3), dtype=np.float32) * noise_level
         frames[t] = np.clip(canvas * flicker[t] + noise + 0.5, 0, 255)
     return (frames[::-1].copy() if backwards else frames), name
 
 
-def _place(pyramid: list[Image.Image], size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
-    """The object on an empty canvas, float32 (size, size, 4), premultiplied."""
+def halve_again(sprite: np.ndarray) -> list[Image.Image]:
+    """An object, uint8 RGBA, and its halves down to 8 px, so that shrinking does not alias; for `place_object`."""
+    pyramid = [Image.fromarray(sprite).convert("RGBa")]  # premultiplied, so that edges interpolate rightly
+    while pyramid[-1].width > 8:
+        pyramid.append(pyramid[-1].resize((pyramid[-1].width // 2,) * 2, Image.Resampling.BOX))
+    return pyramid
+
+
+def place_object(pyramid: list[Image.Image], size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
+    """The object on an empty canvas, float32 (size, size, 4), premultiplied. Centre and radius in pixels."""
     level = int(np.clip(np.round(np.log2(pyramid[0].width / (2 * radius))), 0, len(pyramid) - 1))
     picture = pyramid[level]
     scale = picture.width / (2 * radius)
@@ -98,30 +106,34 @@ def _warp(picture: Image.Image, size: int, matrix: tuple[float, ...]) -> np.ndar
     return np.asarray(warped, np.float32)
 
 
-def _smooth(rng: np.random.Generator, length: int) -> np.ndarray:
+def smooth_curve(rng: np.random.Generator, length: int) -> np.ndarray:
     """A slow random curve within [-1, 1], (T,)."""
     t = np.linspace(0, 1, length)
     return np.sin(2 * np.pi * (t * rng.uniform(0.3, 1.2) + rng.uniform(0, 1)))
 
 
-def _progress(rng: np.random.Generator, length: int) -> np.ndarray:
-    """Monotone from 0 to 1, (T,): starts late, ends early and changes its speed at random."""
+def _progress(rng: np.random.Generator, length: int, rest: float) -> np.ndarray:
+    """Monotone from 0 to 1, (T,): starts late and ends early, by at most `rest`, and changes its speed at random."""
     t = np.linspace(0, 1, length)
-    start, end = rng.uniform(0, 0.12), rng.uniform(0.88, 1)
+    start, end = rng.uniform(0, rest), rng.uniform(1 - rest, 1)
     p = np.clip((t - start) / (end - start), 0, 1)
     return p + rng.uniform(-0.7, 0.7) * p * (1 - p)
 
 
-def _track(rng: np.random.Generator, kind: str, length: int) -> Track:
-    """The path of the object for one kind of motion, played forwards."""
+def draw_track(rng: np.random.Generator, kind: str, length: int, *, rest: float = 0.12, repeats: float = 1.0) -> Track:
+    """The path of the object for one kind of motion (see MOTIONS), played forwards, (length,).
+
+    rest: up to this share of the time the object stands at either end; repeats: how many times as long as a clip the
+    path is, so that turning, bouncing and shaking keep their speed in a longer one.
+    """
     low, high = _RANGE
-    p = _progress(rng, length)
+    p = _progress(rng, length, rest)
     still = np.zeros(length)
     # Every quantity wanders a little in every class, so that standing still is no sign either.
-    x = rng.uniform(low, high) + 0.015 * _smooth(rng, length)
-    y = rng.uniform(low, high) + 0.015 * _smooth(rng, length)
-    radius = np.exp(rng.uniform(*np.log(_SIZES))) * (1 + 0.02 * _smooth(rng, length))
-    angle = rng.uniform(0, 2 * np.pi) + 0.05 * _smooth(rng, length)
+    x = rng.uniform(low, high) + 0.015 * smooth_curve(rng, length)
+    y = rng.uniform(low, high) + 0.015 * smooth_curve(rng, length)
+    radius = np.exp(rng.uniform(*np.log(_SIZES))) * (1 + 0.02 * smooth_curve(rng, length))
+    angle = rng.uniform(0, 2 * np.pi) + 0.05 * smooth_curve(rng, length)
     if kind in ("right", "down"):
         distance = rng.uniform(0.32, high - low)
         path = rng.uniform(low, high - distance) + distance * p
@@ -131,15 +143,15 @@ def _track(rng: np.random.Generator, kind: str, length: int) -> Track:
         smallest = np.exp(rng.uniform(np.log(_SIZES[0]), np.log(_SIZES[1] / ratio)))
         radius = smallest * ratio**p
     elif kind == "turn":
-        angle = angle + rng.uniform(1.9, 3.6) * p  # below 4 rad: 8 sampled frames still show which way
+        angle = angle + repeats * rng.uniform(1.9, 3.6) * p  # below 4 rad: 8 sampled frames still show which way
     elif kind == "bounce":
-        period = rng.uniform(0.4, 0.65)
+        period = rng.uniform(0.4, 0.65) / repeats
         phase = (np.linspace(0, 1, length) / period + rng.uniform(0, 1)) % 1
         height = rng.uniform(0.3, high - low)
         floor = rng.uniform(low + height, high)
         y = floor - height * 4 * phase * (1 - phase)
     elif kind == "shake":
-        cycles, amplitude = rng.uniform(3.0, 4.5), rng.uniform(0.06, 0.11)
+        cycles, amplitude = repeats * rng.uniform(3.0, 4.5), rng.uniform(0.06, 0.11)
         x = np.clip(x, low + amplitude, high - amplitude)
         x = x + amplitude * np.sin(2 * np.pi * (cycles * np.linspace(0, 1, length) + rng.uniform(0, 1)))
     else:

@@ -1,0 +1,87 @@
+"""Annotation files of ActivityNet-1.3 and THUMOS-14 (OpenTAD's), which have one form.
+
+    {"database": {id: {"duration", "subset", "annotations": [{"label", "segment": [start, end]}]}}}
+
+The classes are the labels of the whole file, sorted, or the lines of category_idx.txt beside it, sorted. Not here:
+which videos a run uses, and what becomes of odd segments (`read_annotations` in data.py).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+LABELS = "category_idx.txt"  # optional, beside the annotations: one class a line
+NOT_CLASSES = ("Ambiguous",)  # THUMOS-14 marks uncertain times so; they are neither trained on nor scored
+
+
+class Video(NamedTuple):
+    """One video of the annotation file."""
+
+    duration: float  # seconds, as annotated
+    subset: str
+    segments: Tensor  # (M, 2) float64 seconds, inside [0, duration]
+    labels: Tensor  # (M,) long, indices of `Annotations.class_names`
+
+
+class Annotations(NamedTuple):
+    """An annotation file: the names of the classes, sorted, and the videos by name in its order."""
+
+    class_names: tuple[str, ...]
+    videos: dict[str, Video]
+
+
+def read_database(file: Path) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
+    """The class names and the entries of an annotation file, checked in form; what `Ambiguous` marks left out.
+
+    Raises FileNotFoundError, or ValueError naming file, entry and remedy.
+    """
+    if not file.is_file():
+        remedy = "set --data.root, or run `python -m action_detection.prepare`"
+        raise FileNotFoundError(f"{file}: no such annotation file; {remedy}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); mend it, or download it again") from error
+    database = content.get("database") if isinstance(content, dict) else None
+    if not isinstance(database, dict) or not database:
+        raise ValueError(f'{file}: has no table "database" of videos; expected the form of ActivityNet-1.3')
+    labels = file.parent / LABELS
+    known = set(labels.read_text(encoding="utf-8").splitlines()) - {""} if labels.is_file() else None
+    found = set()
+    for name, entry in database.items():
+        _check_entry(file, name, entry)
+        entry["annotations"] = [item for item in entry["annotations"] if item["label"] not in NOT_CLASSES]
+        for item in entry["annotations"]:
+            if known is not None and item["label"] not in known:
+                unknown = f"video {name} has the label {item['label']!r}, not one of the {len(known)} in {labels}"
+                raise ValueError(f"{file}: {unknown}; mend the label, or add it there")
+            found.add(item["label"])
+    return tuple(sorted(found if known is None else known)), database
+
+
+def _check_entry(file: Path, name: str, entry: Any) -> None:
+    """ValueError naming the video if its entry has another form."""
+    remedy = "mend it, or take the video out"
+    try:
+        duration, subset, items = entry["duration"], entry["subset"], entry["annotations"]
+        for item in items:
+            start, end = item["segment"]
+            if not (math.isfinite(start) and math.isfinite(end) and isinstance(item["label"], str)):
+                raise ValueError(f"an annotation {item!r}")
+        if not (isinstance(subset, str) and math.isfinite(duration) and duration > 0):
+            raise ValueError(f"the duration {duration!r} and the subset {subset!r}")
+    except KeyError as error:
+        raise ValueError(f"{file}: video {name} lacks {error}; {remedy}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: video {name} is not in ActivityNet's form ({error}); {remedy}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is listed twice")
+    return table
