@@ -10,7 +10,6 @@ counted, by some tens of MiB, not by a factor.
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -25,7 +24,7 @@ def run_step(method: str, batch: int) -> str:
     import torch
 
     import dr2net
-    from dr2net.memory import format_bytes, measure, predict
+    from dr2net.memory import format_bytes, measure, predict, process_peak
 
     warnings.simplefilter("ignore")
     model = timm.create_model("vit_tiny_patch16_224", depth=12, img_size=256)
@@ -41,11 +40,11 @@ def run_step(method: str, batch: int) -> str:
 
     predicted = predict(step, model)
     step(1)  # load the kernels
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = process_peak()
     measured = measure(step, model)
     sizes = (
         *(predicted.peak - predicted.parameters, measured.peak - measured.parameters),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        process_peak() - before,
     )
     return f"{method:14}" + "".join(f"{format_bytes(size):>14}" for size in sizes)
 

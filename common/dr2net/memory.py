@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Category = Literal["parameters", "gradients", "optimizer", "activations"]
+Category = Literal["parameters", "gradients", "optimizer", "stored", "temporaries"]
 Step = Callable[[], object]
 
 
@@ -54,16 +54,28 @@ class LiveTensors:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. The four categories are what was alive at the moment of the peak, and add up to it."""
+    """Bytes alive at the moment of the peak: peak = parameters + gradients + optimizer + activations.
+
+    `activations` is all that is not one of the other three: activations, their gradients, the input. `temporaries` is
+    the part of it that is not alive at the end of the forward pass, when backward runs its first operator (the last
+    forward pass that ended before the peak, else the first after it); the other part, `stored`, is what forward keeps
+    for backward, and its input. Optimizer state counts from the beginning of the step, also in the first of a run.
+    """
 
     peak: int
     parameters: int  # and buffers
     gradients: int
     optimizer: int
-    activations: int  # all else: stored activations, their gradients, temporaries, the input
+    activations: int
+    temporaries: int = 0  # of the activations
     device: int | None = None  # peak of the CUDA allocator, where there is one
     process: int | None = None  # peak resident memory of the whole process since it started; None when predicted
     live: tuple[LiveTensors, ...] = ()  # what lived at the peak, largest first
+
+    @property
+    def stored(self) -> int:
+        """The activations that are no temporaries."""
+        return self.activations - self.temporaries
 
 
 @dataclass
@@ -73,7 +85,7 @@ class _Allocation:
     dtype: torch.dtype
     shape: tuple[int, ...]
     line: str
-    category: Category = "activations"
+    category: Category = "temporaries"
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -86,10 +98,16 @@ class _LiveBytes(TorchDispatchMode):
         self.device = device
         self.log: list[tuple[int, int]] = []  # (allocation number, change in bytes)
         self.allocations: list[_Allocation] = []
+        self.forward_ends: list[int] = []  # lengths of the log at the first operator of each backward pass
+        self._in_backward = False
         self._numbers: dict[int, int] = {}  # id of a live storage -> its allocation number
         self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._in_backward:
+            self.forward_ends.append(len(self.log))
+        self._in_backward = in_backward
         # An argument that no operator made (the batch, a constant) counts from its first use on.
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor):
@@ -124,69 +142,82 @@ class _LiveBytes(TorchDispatchMode):
         self.log.append((number, -self.allocations[number].bytes))
 
     def memory(self) -> Memory:
+        # The first step of a run makes the optimizer's state at its end; each later one finds it at its beginning.
+        early = [self.allocations[number].category == "optimizer" for number, _ in self.log]
+        log = [e for e, is_early in zip(self.log, early, strict=True) if is_early]
+        shift = len(log)
+        log += [e for e, is_early in zip(self.log, early, strict=True) if not is_early]
         now = peak = moment = 0
-        for index, (_, change) in enumerate(self.log):
+        for index, (_, change) in enumerate(log):
             now += change
             if now > peak:
                 peak, moment = now, index + 1
-        alive: Counter[int] = Counter()
-        for number, change in self.log[:moment]:
-            alive[number] += change
+        ends = [shift + end - sum(early[:end]) for end in self.forward_ends]
+        before = [end for end in ends if end <= moment]
+        forward_end = before[-1] if before else ends[0] if ends else 0
+        alive, kept = _alive(log[:moment]), _alive(log[:forward_end])
         split: Counter[str] = Counter()
         groups: dict[tuple, list[int]] = {}
         for number, num_bytes in alive.items():
-            if num_bytes:
-                a = self.allocations[number]
-                split[a.category] += num_bytes
-                groups.setdefault((a.category, a.operator, a.dtype, a.shape, a.line), []).append(num_bytes)
+            a = self.allocations[number]
+            category = "stored" if a.category == "temporaries" and number in kept else a.category
+            split[category] += num_bytes
+            groups.setdefault((category, a.operator, a.dtype, a.shape, a.line), []).append(num_bytes)
         live = (LiveTensors(len(sizes), sum(sizes), *group) for group, sizes in groups.items())
         return Memory(
             peak=peak,
             parameters=split["parameters"],
             gradients=split["gradients"],
             optimizer=split["optimizer"],
-            activations=split["activations"],
+            activations=split["stored"] + split["temporaries"],
+            temporaries=split["temporaries"],
             live=tuple(sorted(live, key=lambda tensors: -tensors.bytes)),
         )
+
+
+def _alive(log: list[tuple[int, int]]) -> dict[int, int]:
+    """Allocation number -> bytes, of what is alive after `log`."""
+    alive: Counter[int] = Counter()
+    for number, change in log:
+        alive[number] += change
+    return {number: num_bytes for number, num_bytes in alive.items() if num_bytes}
 
 
 def measure(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
     """Run `step` once and report its peak.
 
-    `step` trains for real: forward, backward and, where an optimizer is given, its step. A run's first step finds no
-    optimizer state yet and needs less than the others, so measure a later one. The device is that of the model's first
-    parameter; only tensors there are counted.
+    `step` trains for real: forward, backward and, where an optimizer is given, its step. The device is that of the
+    model's first parameter; only tensors there are counted.
     """
     device = _device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     memory = _run(step, model, optimizer, device.type)
     allocator = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Memory(**{**vars(memory), "device": allocator, "process": process})
+    return replace(memory, device=allocator, process=process_peak())
 
 
 def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
     """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
 
     Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
-    torch's "meta" device. With an optimizer the step runs twice, and the second counts: it finds the optimizer's state.
-    Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`, `if loss > 1:`) cannot be
-    predicted and raises.
+    torch's "meta" device. With an optimizer, a step that leaves gradients behind runs twice, and the second,
+    which finds them, counts. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`, `if loss > 1:`) cannot be
+    predicted and raises. Seconds for most models; branches in chunks take no longer for having many.
     """
     _device_of(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer):
-        if optimizer is not None:
-            step()
-        return _run(step, model, optimizer, "cpu")
+        memory = _run(step, model, optimizer, "cpu")
+        if optimizer is not None and any(parameter.grad is not None for parameter in model.parameters()):
+            memory = _run(step, model, optimizer, "cpu")
+        return memory
 
 
 def largest(peak: Callable[[int], int], budget: int, *, limit: int = 1 << 16) -> int:
     """The largest n <= limit with peak(n) <= budget bytes; 0 if not even one fits.
 
-    peak: the bytes for n samples (or frames), `lambda n: predict(...).peak`. It must grow with n. As it is nearly a
-    straight line, a handful of tries is enough.
+    peak: the bytes for n samples (or frames), `lambda n: predict(...).peak`. As it is nearly a straight line, a handful
+    of tries is enough. Where it falls again somewhere, n fits and n + 1 does not, but a larger one may.
     """
     peaks: dict[int, int] = {}
     low, high, guess = 0, limit + 1, 1  # low fits, high does not
@@ -202,6 +233,12 @@ def largest(peak: Callable[[int], int], budget: int, *, limit: int = 1 << 16) ->
             guess = near + int((budget - peaks[near]) * (far - near) / max(1, peaks[far] - peaks[near]))
         guess = min(max(guess, low + 1), high - 1)
     return low
+
+
+def process_peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -242,7 +242,7 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
     record = results.build_record(
         config,
         metrics=state["metrics"],
-        memory={"source": "measured", **state["memory"], "process": results.process_peak()},
+        memory={"source": "measured", **state["memory"], "process": memory.process_peak()},
         seconds={"step": step_seconds, **seconds},
         device=results.device_name(device),
         guard=state["guard"],

@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -271,12 +270,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def process_peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:
