@@ -31,6 +31,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dr2net.memory import process_peak
 from dr2net.training import checkpoint, results
 from dr2net.training.data import Loaders, Timed, key_batches, to_device
 from dr2net.training.interrupt import stop_signals
@@ -242,7 +243,7 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
     record = results.build_record(
         config,
         metrics=state["metrics"],
-        memory={"source": "measured", **state["memory"], "process": memory.process_peak()},
+        memory={"source": "measured", **state["memory"], "process": process_peak()},
         seconds={"step": step_seconds, **seconds},
         device=results.device_name(device),
         guard=state["guard"],
