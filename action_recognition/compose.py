@@ -9,15 +9,13 @@ metric run on it.
 """
 
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+from dr2net.training.jobs import run_jobs, write_json
 from dr2net.training.motion import MOTIONS, render_clip
 from dr2net.training.sprites import Group
 from dr2net.training.video import write_video
@@ -84,24 +82,15 @@ def write_dataset(
         raise ValueError(f"{root}: holds a data set that was not composed here; choose another --root")
     (root / VIDEO_FOLDER).mkdir(parents=True, exist_ok=True)
     jobs = [(root, composition, *clip) for clip in _clips(composition)]
+    results = run_jobs(_write_clip, jobs, workers=workers, on_done=on_clip)
     entries: dict[str, list[dict]] = {"train": [], "validation": []}
-
-    def collect(results) -> None:
-        for (_, _, split, _, _), entry in zip(jobs, results, strict=True):
-            entries[split].append(entry)
-            if on_clip is not None:
-                on_clip()
-
-    if workers <= 1:
-        collect(map(_write_clip, jobs))
-    else:  # spawned: forking after torch has started threads can deadlock
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            collect(pool.map(_write_clip, jobs, chunksize=8))
+    for (_, _, split, _, _), entry in zip(jobs, results, strict=True):
+        entries[split].append(entry)
     for split, items in entries.items():
-        _write_json(root / f"something-something-v2-{split}.json", items)
+        write_json(root / f"something-something-v2-{split}.json", items)
     labels = {template.replace("[", "").replace("]", ""): str(i) for i, template in enumerate(composition.templates())}
-    _write_json(root / "something-something-v2-labels.json", labels)
-    _write_json(root / STAMP, stamp)
+    write_json(root / "something-something-v2-labels.json", labels)
+    write_json(root / STAMP, stamp)
     return True
 
 
@@ -149,9 +138,3 @@ def _write_clip(job: tuple[Path, Composition, str, str, int]) -> dict:
     template = composition.templates()[label]
     text = template.replace("[something]", f"a {thing}").replace("[Something]", f"a {thing}")
     return {"id": name, "label": text.lower(), "template": template, "placeholders": [f"a {thing}"]}
-
-
-def _write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -9,18 +9,15 @@ request.
 """
 
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
 
 from action_recognition.compose import STAMP, VIDEO_FOLDER, Composition, write_contact_sheet, write_dataset
 from action_recognition.data import Data, Split, find_videos, read_class_names
 from dr2net.training.download import download, extract, free_bytes
-from dr2net.training.video import BrokenVideo, probe, read_frames
+from dr2net.training.jobs import damaged_videos, name_some, progress_bar
 
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
 KINETICS_BYTES = {"train": 400 << 30, "val": 48 << 30}  # about; the mirror publishes neither sizes nor checksums
@@ -71,12 +68,12 @@ def check(data: Data, *, workers: int = 2, open_files: bool = False) -> Check:
     for split in get_args(Split):
         source, entries, missing = find_videos(data, split)
         counts[split] = len(entries) + len(missing)
-        _report(
+        name_some(
             problems, missing, root / f"missing_{split}.txt", f"{source.name}: of {counts[split]} videos are missing"
         )
         if open_files:
-            damaged = [line for line in _probe_all([entry.path for entry in entries], workers, split) if line]
-            _report(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
+            damaged = damaged_videos([entry.path for entry in entries], workers=workers, title=f"opening {split}")
+            name_some(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
     if data.kind == "ssv2":
         videos = root / VIDEO_FOLDER
         counts["videos"] = sum(path.suffix in (".webm", ".mp4") for path in videos.iterdir()) if videos.is_dir() else 0
@@ -125,7 +122,7 @@ def download_kinetics(
 def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
     """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
     total = composition.num_train + composition.num_validation
-    with _bar(f"composing {root}", total) as advance:
+    with progress_bar(f"composing {root}", total) as advance:
         written = write_dataset(root, composition, workers=workers, on_clip=advance)
     state = "written" if written else "complete already"
     print(f"{root}: {total} clips in {len(composition.templates())} classes, {state}")
@@ -164,48 +161,6 @@ def main(arguments: Arguments) -> int:
         print(f"  {problem}")
     print("  complete" if not found.problems else f"  {len(found.problems)} problems")
     return int(bool(found.problems))
-
-
-def _report(problems: list[str], names: list[str], file: Path, what: str) -> None:
-    """Add one sentence with the first 20 names; all of them go to `file`, which is removed when there are none."""
-    if not names:
-        file.unlink(missing_ok=True)
-        return
-    file.write_text("\n".join(names) + "\n")
-    first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    problems.append(f"{len(names)} {what} (full list: {file}): {first}")
-
-
-def _probe_all(paths: list[str], workers: int, split: str) -> list[str]:
-    with _bar(f"opening {split}", len(paths)) as advance:
-        if workers <= 1:
-            return [_after(_probe_one(path), advance) for path in paths]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            return [_after(line, advance) for line in pool.map(_probe_one, paths, chunksize=32)]
-
-
-def _after(line: str, advance: Callable[[], None]) -> str:
-    advance()
-    return line
-
-
-def _probe_one(path: str) -> str:
-    """The problem with a file, or nothing. Walks all packets and decodes the last frame."""
-    try:
-        read_frames(path, [probe(path).num_frames - 1])
-    except (BrokenVideo, OSError) as error:
-        return str(error)
-    return ""
-
-
-@contextmanager
-def _bar(title: str, total: int):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
 
 
 if __name__ == "__main__":

@@ -70,14 +70,18 @@ def damaged_videos(paths: Sequence[str], *, workers: int, title: str) -> list[st
         return [line for line in run_jobs(_damage, paths, workers=workers, on_done=advance, chunk=32) if line]
 
 
-def name_some(problems: list[str], names: Sequence[str], file: Path, what: str) -> None:
+def name_some(problems: list[str], names: Sequence[str], file: Path | None, what: str) -> None:
     """Add one sentence with the first 20 names; all of them go to `file`, which is removed when there are none."""
     if not names:
-        file.unlink(missing_ok=True)
+        if file is not None:
+            file.unlink(missing_ok=True)
         return
-    file.write_text("\n".join(names) + "\n")
+    where = ""
+    if file is not None:
+        file.write_text("\n".join(names) + "\n")
+        where = f" (full list: {file})"
     first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    problems.append(f"{len(names)} {what} (full list: {file}): {first}")
+    problems.append(f"{len(names)} {what}{where}: {first}")
 
 
 def _damage(path: str) -> str:
