@@ -38,13 +38,7 @@ def read_database(file: Path) -> tuple[tuple[str, ...], dict[str, dict[str, Any]
 
     Raises FileNotFoundError, or ValueError naming file, entry and remedy.
     """
-    if not file.is_file():
-        remedy = "set --data.root, or run `python -m action_detection.prepare`"
-        raise FileNotFoundError(f"{file}: no such annotation file; {remedy}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except ValueError as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error}); mend it, or download it again") from error
+    content = _load(file)
     database = content.get("database") if isinstance(content, dict) else None
     if not isinstance(database, dict) or not database:
         raise ValueError(f'{file}: has no table "database" of videos; expected the form of ActivityNet-1.3')
@@ -60,6 +54,24 @@ def read_database(file: Path) -> tuple[tuple[str, ...], dict[str, dict[str, Any]
                 raise ValueError(f"{file}: {unknown}; mend the label, or add it there")
             found.add(item["label"])
     return tuple(sorted(found if known is None else known)), database
+
+
+def read_blocked(file: Path) -> set[str]:
+    """The video names of a JSON list. Raises FileNotFoundError, or ValueError for another form."""
+    names = _load(file)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: is not a JSON list of video names")
+    return set(names)
+
+
+def _load(file: Path) -> Any:
+    if not file.is_file():
+        remedy = "set --data.root, or run `python -m action_detection.prepare`"
+        raise FileNotFoundError(f"{file}: no such annotation file; {remedy}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); mend it, or download it again") from error
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from action_detection.annotations import Annotations, Video, read_database
+from action_detection.annotations import Annotations, Video, read_blocked, read_database
 from dr2net.training import clips
 from dr2net.training.data import Loaders, build_loader
 from dr2net.training.video import BrokenVideo, FrameCache
@@ -61,6 +61,7 @@ class Data:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # training: share of the area kept by the window's random crop
     flip: bool = False  # mirror half of the windows; never where "left" and "right" are classes
     color_jitter: float = 0.0  # brightness, contrast, saturation in 1 +- this
+    blocked: Path | None = None  # JSON list of videos that neither train nor test, such as OpenTAD's blocked.json
     num_videos: int = 0  # use only the first so many of each subset, for quick tries; 0: all
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -98,9 +99,10 @@ def read_annotations(data: Data) -> Annotations:
         raise ValueError(f"{file}: has {len(names)} classes, the configuration says {data.num_classes}; {remedy}")
     indices, videos, odd = {name: i for i, name in enumerate(names)}, {}, []
     taken = {data.train_subset: 0, data.test_subset: 0}
+    blocked = set() if data.blocked is None else read_blocked(data.blocked)
     for name, entry in database.items():
         subset = entry["subset"]
-        if subset not in taken or (data.num_videos and taken[subset] == data.num_videos):
+        if name in blocked or subset not in taken or (data.num_videos and taken[subset] == data.num_videos):
             continue
         taken[subset] += 1
         duration, segments, labels = float(entry["duration"]), [], []

@@ -1,6 +1,7 @@
 """Fetch a file over HTTP(S) and unpack an archive, without trusting either.
 
     download(url, path, sha256=...)            # continues an interrupted transfer, checks, then renames into place
+    remember(path)                             # where no checksum is published: later files must be like the first
     extract(path, folder, max_bytes=...)       # tar (plain, gz, bz2, xz) or zip; nothing outside `folder`, no links,
     no bombs
 
@@ -95,6 +96,24 @@ def download(
     part.replace(path)
     tag.unlink(missing_ok=True)
     return path
+
+
+def remember(path: Path | str) -> str:
+    """For a source that publishes no checksum: keep the first one in <path>.sha256, and hold later files to it.
+
+    Returns the sha256. Raises DownloadError if the file is another than the one remembered.
+    """
+    path, note = Path(path), Path(f"{path}.sha256")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not note.is_file():
+        note.write_text(f"{found}  {path.name}\n")
+    elif note.read_text().split()[0] != found:
+        raise DownloadError(
+            f"{path}: sha256 {found} is not the {note.read_text().split()[0]} of the first download; "
+            f"the source has changed: look into it, and remove {note} to accept the new file"
+        )
+    return found
 
 
 def extract(

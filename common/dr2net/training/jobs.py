@@ -65,9 +65,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def damaged_videos(paths: Sequence[str], *, workers: int, title: str) -> list[str]:
-    """What is wrong with each unusable file, one sentence each: all packets are walked, the last frame is decoded."""
+    """What is wrong with each unusable file, one sentence each; see `damage`."""
     with progress_bar(title, len(paths)) as advance:
-        return [line for line in run_jobs(_damage, paths, workers=workers, on_done=advance, chunk=32) if line]
+        return [line for line in run_jobs(damage, paths, workers=workers, on_done=advance, chunk=32) if line]
 
 
 def name_some(problems: list[str], names: Sequence[str], file: Path | None, what: str) -> None:
@@ -84,7 +84,8 @@ def name_some(problems: list[str], names: Sequence[str], file: Path | None, what
     problems.append(f"{len(names)} {what}{where}: {first}")
 
 
-def _damage(path: str) -> str:
+def damage(path: str) -> str:
+    """What is wrong with a video file, or nothing: all packets are walked, the last frame is decoded."""
     try:
         read_frames(path, [probe(path).num_frames - 1])
     except (BrokenVideo, OSError) as error:

@@ -1,0 +1,240 @@
+"""Check a data set, write a composed one, or put what was downloaded in its place.
+
+    python -m action_detection.prepare --tiny                          # composed mp4 files, in data/untrimmed
+    python -m action_detection.prepare --kind activitynet --probe      # count, name what is missing, open every file
+    python -m action_detection.prepare --kind thumos --class-scores FILE
+
+A check writes nothing, unless --lists says where. The exit status is 0 if everything is there, or with --on-broken skip
+if each subset has a video that can be used. scripts/download_activitynet.sh and download_thumos14.sh do the rest.
+"""
+
+import json
+import sys
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from action_detection.annotations import read_database
+from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
+from action_detection.data import VIDEO_FOLDER, Data, annotation_file, find_files, read_annotations
+from dr2net.training.jobs import damage, name_some, progress_bar, run_jobs, write_json
+from dr2net.training.video import probe
+
+ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
+# What the sites announce: activity-net.org for release 1.3; for THUMOS-14 200 and 213 annotated videos, without the two
+# of the test set that G-TAD, VSGN and OpenTAD leave out.
+COUNTS = {
+    "activitynet": {"classes": 200, "training": 10_024, "validation": 4_926},
+    "thumos": {"classes": 20, "training": 200, "validation": 211},
+}
+LEFT_OUT = ("video_test_0000270", "video_test_0001292")  # wrong annotations; nothing but `Ambiguous`
+SECONDS_OFF = 1.0  # a file that is this much shorter or longer than annotated is named
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """See the module's docstring."""
+
+    root: Path | None = None  # default: data/untrimmed, data/activitynet or data/thumos14
+    kind: Literal["activitynet", "thumos"] = "activitynet"  # the layout to check
+    tiny: bool = False  # write the composed data set of `composition`
+    composition: Composition = field(default_factory=Composition)
+    sheet: Path | None = None  # with tiny: also write a contact sheet of some videos (PNG) here
+    probe: bool = False  # open every file: slow, finds damaged ones and wrong durations
+    class_scores: Path | None = None  # also check this file of an outside classifier's scores
+    blocked: Path | None = None  # JSON list of videos to leave out, as in `Data`
+    on_broken: Literal["raise", "skip"] = "raise"  # what missing and damaged videos mean for the exit status
+    lists: Path | None = None  # folder for the full lists of what is missing or damaged
+    thumos_annotations: Path | None = None  # folder of the official text files: make thumos_14_anno.json of them
+    workers: int = 2  # processes for composing and probing
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found: counts by name, one sentence per problem, and the subsets without a usable video."""
+
+    counts: dict[str, int]
+    problems: list[str]
+    empty: list[str]
+
+
+def check(
+    data: Data,
+    *,
+    class_scores: Path | None = None,
+    workers: int = 2,
+    open_files: bool = False,
+    lists: Path | None = None,
+) -> Check:
+    """Count classes, videos and segments; name odd segments, missing, empty and damaged videos, missing class scores.
+
+    Raises as `read_annotations`, but for the number of classes. Full lists go to the folder `lists`, if given.
+    """
+    file = annotation_file(data)
+    data = replace(data, num_classes=len(read_database(file)[0]))
+    counts, problems, empty = {"classes": data.num_classes}, [], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        annotations = read_annotations(data)
+    problems += [str(warning.message) for warning in caught]
+    for subset in (data.train_subset, data.test_subset):
+        videos = {name: video for name, video in annotations.videos.items() if video.subset == subset}
+        counts[subset] = len(videos)
+        counts[f"segments in {subset}"] = sum(len(video.labels) for video in videos.values())
+        paths, missing = find_files(data, list(videos))
+        out = {
+            what: None if lists is None else lists / f"{what}_{subset}.txt" for what in ("missing", "damaged", "empty")
+        }
+        if lists is not None:
+            lists.mkdir(parents=True, exist_ok=True)
+        name_some(problems, missing, out["missing"], f"of {len(videos)} {subset} videos are missing")
+        unusable = 0
+        if open_files:
+            jobs = [(path, videos[name].duration) for name, path in paths.items()]
+            with progress_bar(f"opening {subset}", len(jobs)) as advance:
+                found = run_jobs(_look, jobs, workers=workers, on_done=advance, chunk=32)
+            damaged = [line for line, bad in found if bad]
+            unusable = len(damaged)
+            name_some(problems, damaged, out["damaged"], f"{subset} files are damaged")
+            name_some(problems, [line for line, bad in found if line and not bad], None, f"{subset} durations are off")
+        if len(paths) == unusable:
+            empty.append(subset)
+        without = [name for name, video in videos.items() if not len(video.labels)]
+        use = "not trained on" if subset == data.train_subset else "tested all the same"
+        name_some(problems, without, out["empty"], f"{subset} videos have no annotation, they are {use}")
+        name_some(problems, _repeated(videos), None, f"{subset} videos repeat an annotation (the metric counts both)")
+    if not (Path(data.root) / STAMP).is_file() and data.blocked is None:
+        for name, expected in COUNTS[data.kind].items():
+            if counts.get(name) != expected:
+                problems.append(f"{name}: {counts.get(name, 0)} instead of the announced {expected}")
+    if class_scores is not None:
+        tested = [name for name, video in annotations.videos.items() if video.subset == data.test_subset]
+        problems += check_class_scores(class_scores, annotations.class_names, tested)
+    return Check(counts, problems, empty)
+
+
+def check_class_scores(file: Path, class_names: tuple[str, ...], videos: list[str]) -> list[str]:
+    """What a file of video-level class scores lacks: {"class": [names], "results": {id: [one score per class]}}.
+
+    Raises FileNotFoundError, or ValueError for a file of another form.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file of class scores")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        classes, results = content.get("class", content.get("classes")), content["results"]
+        known, scored = set(classes), set(results)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = '{"class": [names], "results": {video id: [one score per class]}}'
+        raise ValueError(f"{file}: is not JSON of the form {expected} ({error!r})") from error
+    problems: list[str] = []
+    name_some(problems, [name for name in class_names if name not in known], None, f"classes are not in {file}")
+    name_some(problems, [name for name in videos if name not in scored], None, f"test videos have no scores in {file}")
+    odd = [name for name in videos if name in scored and len(results[name]) != len(classes)]
+    name_some(problems, odd, None, f"test videos have not {len(classes)} scores in {file}")
+    return problems
+
+
+def write_thumos_annotations(folder: Path, root: Path) -> Path:
+    """<root>/thumos_14_anno.json, in OpenTAD's form, of the official text files and the durations of the videos.
+
+    folder: holds <Class>_val.txt and <Class>_test.txt, lines `video start end` in seconds; `Ambiguous` is left out, and
+    the two videos of LEFT_OUT. Raises FileNotFoundError naming what is not there.
+    """
+    segments: dict[str, list[dict]] = {}
+    files = sorted(path for path in folder.rglob("*_*.txt") if path.stem.endswith(("_val", "_test")))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no <Class>_val.txt and <Class>_test.txt; unpack the official annotations")
+    for path in files:
+        label = path.stem.rsplit("_", 1)[0]
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if not line.strip() or label == "Ambiguous":
+                continue
+            try:
+                name, start, end = line.split()
+                item = {"label": label, "segment": [float(start), float(end)]}
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is not `video start end`: {line!r}") from error
+            if name not in LEFT_OUT:
+                segments.setdefault(name, []).append(item)
+    paths, missing = find_files(Data(kind="thumos", root=root), sorted(segments))
+    if missing:
+        names = ", ".join(missing[:20])
+        raise FileNotFoundError(f"{root / VIDEO_FOLDER}: {len(missing)} of {len(segments)} videos are missing: {names}")
+    database = {
+        name: {
+            "subset": "training" if name.startswith("video_validation") else "validation",  # OpenTAD's names for them
+            "duration": round(probe(paths[name]).seconds, 3),
+            "annotations": sorted(items, key=lambda item: item["segment"]),
+        }
+        for name, items in sorted(segments.items())
+    }
+    write_json(annotation_file(Data(kind="thumos", root=root)), {"version": "Thumos14", "database": database})
+    return annotation_file(Data(kind="thumos", root=root))
+
+
+def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
+    """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
+    total = composition.num_training + composition.num_validation
+    with progress_bar(f"composing {root}", total) as advance:
+        written = write_dataset(root, composition, workers=workers, on_video=advance)
+    print(f"{root}: {total} videos, {'written' if written else 'complete already'}")
+
+
+def main(arguments: Arguments) -> int:
+    """Do what is asked; returns the exit status."""
+    if arguments.tiny:
+        compose(arguments.root or Data().root, arguments.composition, workers=arguments.workers)
+        if arguments.sheet is not None:
+            write_contact_sheet(arguments.sheet, arguments.composition)
+        return 0
+    root = arguments.root or ROOTS[arguments.kind]
+    if arguments.thumos_annotations is not None:
+        print(f"{write_thumos_annotations(arguments.thumos_annotations, root)}: written")
+    data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
+    found = check(
+        data,
+        class_scores=arguments.class_scores,
+        workers=arguments.workers,
+        open_files=arguments.probe,
+        lists=arguments.lists,
+    )
+    print(f"{root}: " + ", ".join(f"{count} {name}" for name, count in found.counts.items()))
+    for problem in found.problems:
+        print(f"  {problem}")
+    print("  complete" if not found.problems else f"  {len(found.problems)} problems")
+    if found.empty:
+        print(f"  no usable video in: {', '.join(found.empty)}")
+    return int(bool(found.empty or (found.problems and arguments.on_broken == "raise")))
+
+
+def _look(job: tuple[str, float]) -> tuple[str, bool]:
+    """What is odd about a file, or nothing, and whether it cannot be used."""
+    path, duration = job
+    if sentence := damage(path):
+        return sentence, True
+    seconds = probe(path).seconds
+    off = abs(seconds - duration) > SECONDS_OFF
+    return (f"{path}: lasts {seconds:.1f} s, annotated are {duration:.1f} s" if off else ""), False
+
+
+def _repeated(videos: dict) -> list[str]:
+    """Names of the videos in which a segment of a class stands twice."""
+    names = []
+    for name, video in videos.items():
+        items = [
+            (*segment, label) for segment, label in zip(video.segments.tolist(), video.labels.tolist(), strict=True)
+        ]
+        if len(set(items)) != len(items):
+            names.append(name)
+    return names
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        sys.exit(main(tyro.cli(Arguments, description=__doc__.splitlines()[0], config=(tyro.conf.OmitArgPrefixes,))))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"prepare: {error}")
