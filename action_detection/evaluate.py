@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from action_detection.annotations import Annotations, read_blocked
 from action_detection.configs import Config, Detection
-from action_detection.data import Annotations, build_test_loader, read_annotations
-from action_detection.metric import evaluate_files, evaluate_rows
+from action_detection.data import build_test_loader, read_annotations
+from action_detection.metric import Rows, evaluate_files, evaluate_rows
 from action_detection.model import ActionDetector, build_model, without_weights
 from action_detection.ops import Window, soft_nms
 from dr2net.training.command import config_of_checkpoint, run_command
@@ -123,17 +124,24 @@ def with_classes(actions: Detected, class_scores: np.ndarray, top: int) -> Detec
 
 def score(config: Config, annotations: Annotations, found: dict[str, Detected]) -> dict[str, float]:
     """average_mAP, then mAP at each of config.detection.tious, in percent."""
-    truth = [
-        (name, annotations.class_names[int(label)], float(segment[0]), float(segment[1]))
-        for name, video in test_videos(config, annotations).items()
-        for label, segment in zip(video.labels, video.segments, strict=True)
-    ]
-    rows = [
-        (name, annotations.class_names[label], *segment, value)
-        for name, own in found.items()
-        for label, segment, value in zip(own.labels.tolist(), own.segments.tolist(), own.scores.tolist(), strict=True)
-    ]
-    return named(evaluate_rows(truth, rows, config.detection.tious), config.detection.tious)
+    videos, names = test_videos(config, annotations), annotations.class_names
+    truth = {
+        name: Detected(video.segments, torch.zeros(len(video.labels)), video.labels) for name, video in videos.items()
+    }
+    result = evaluate_rows(as_rows(truth, names), as_rows(found, names), config.detection.tious)
+    return named(result, config.detection.tious)
+
+
+def as_rows(videos: dict[str, Detected], class_names: tuple[str, ...]) -> Rows:
+    """What the metric takes."""
+    own = videos.values()
+    return Rows(
+        names=list(videos),
+        video=np.repeat(np.arange(len(videos)), [len(one.labels) for one in own]),
+        labels=[class_names[label] for one in own for label in one.labels.tolist()],
+        segments=np.concatenate([np.zeros((0, 2)), *(one.segments.double().numpy() for one in own)]),
+        scores=np.concatenate([np.zeros(0), *(one.scores.double().numpy() for one in own)]),
+    )
 
 
 def named(result: dict[str, Any], tiou: Iterable[float]) -> dict[str, float]:
@@ -236,13 +244,17 @@ def main(words: list[str]) -> None:
     parser.add_argument("--subset", default="validation")
     parser.add_argument("--tiou", default="0.5:0.95:10", help="first:last:count, or numbers with commas")
     parser.add_argument("--drop-duplicates", action="store_true", help="of the ground truth, as OpenTAD does")
+    parser.add_argument("--blocked", type=Path, help="JSON list of videos to leave out, such as OpenTAD's blocked.json")
     arguments = parser.parse_args(words)
     files = (arguments.ground_truth, arguments.predictions)
     if (arguments.run is None) == (files == (None, None)) or (arguments.run is None and None in files):
         parser.error("give a run's folder, or --ground-truth and --predictions")
     if arguments.run is None:
         tiou = parse_tiou(arguments.tiou)
-        result = evaluate_files(*files, tiou, arguments.subset, drop_duplicates=arguments.drop_duplicates)
+        blocked = read_blocked(arguments.blocked) if arguments.blocked else ()
+        result = evaluate_files(
+            *files, tiou, arguments.subset, drop_duplicates=arguments.drop_duplicates, blocked=blocked
+        )
         for name, value in named(result, tiou).items():
             print(f"{name} {value:.2f}")
         return

@@ -17,32 +17,44 @@ classes that the subset's ground truth has: a class without predictions counts 0
   both boundaries within 1 ms; with it go segments without length.
 - Two segments without length have tIoU 0 (the script divides 0 by 0 and calls it a hit). Boundaries beyond the video's
   end are taken as they are.
-- No list of blocked videos is asked for: the server behind the script's is gone.
+- `blocked` names videos to leave out on both sides, as the script does with a list that its server once gave, and
+  OpenTAD with its blocked.json.
+- THUMOS-14's label "Ambiguous" is no class: such ground truth is left out, as in training (`annotations.py`).
 
 Not here: suppression (`ops.py`), networks (`evaluate.py`).
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from action_detection.annotations import NOT_CLASSES
+from action_detection.ops import segment_iou
 
 ACTIVITYNET_TIOU = tuple(np.linspace(0.5, 0.95, 10).tolist())
 DUPLICATE_SECONDS = 1e-3
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Rows of a file, of all videos together."""
+class Rows(NamedTuple):
+    """The segments of a file, of all videos together."""
 
-    video: np.ndarray  # (M,) int, number of the video
-    label: np.ndarray  # (M,) int, number of the class
-    segment: np.ndarray  # (M, 2) float64, seconds
-    score: np.ndarray  # (M,) float64; zeros in ground truth
+    names: list[str]  # of the videos
+    video: np.ndarray  # (M,) int, index into names
+    labels: list[str]  # (M,)
+    segments: np.ndarray  # (M, 2) float64, seconds
+    scores: np.ndarray  # (M,) float64; zeros in ground truth
+
+
+class Class(NamedTuple):
+    """The rows of one class; video: their numbers in the ground truth, -1 for one that it does not have."""
+
+    video: np.ndarray
+    segments: np.ndarray
+    scores: np.ndarray
 
 
 def evaluate_files(
@@ -52,6 +64,7 @@ def evaluate_files(
     subset: str = "validation",
     *,
     drop_duplicates: bool = False,
+    blocked: Collection[str] = (),
 ) -> dict[str, Any]:
     """{"mAP": [per threshold], "average_mAP": float} of a prediction file, in fractions.
 
@@ -60,49 +73,40 @@ def evaluate_files(
     FileNotFoundError, or ValueError naming file and entry: no JSON, a key missing, a score or boundary that is no
     finite number, an end before its start, an unknown label, a subset without ground truth.
     """
-    entries, known = read_ground_truth(Path(ground_truth), subset, drop_duplicates=drop_duplicates)
-    detections = read_predictions(Path(predictions), known)
-    return evaluate_rows(entries, detections, tiou)
+    truth, known = read_ground_truth(Path(ground_truth), subset, drop_duplicates=drop_duplicates, blocked=blocked)
+    return evaluate_rows(truth, read_predictions(Path(predictions), known, blocked=blocked), tiou)
 
 
-# A row: video, label, start, end; a prediction has its score behind it.
-Truth = tuple[str, str, float, float]
-Detection = tuple[str, str, float, float, float]
-
-
-def evaluate_rows(
-    ground_truth: Sequence[Truth], predictions: Iterable[Detection], tiou: Sequence[float]
-) -> dict[str, Any]:
+def evaluate_rows(truth: Rows, predictions: Rows, tiou: Sequence[float]) -> dict[str, Any]:
     """As `evaluate_files`, of rows. Predictions with labels that the ground truth does not have count nowhere."""
-    if not len(tiou) or len(tiou) > 62 or not all(0 < threshold <= 1 for threshold in tiou):
+    if not 0 < len(tiou) < 63 or not all(0 < threshold <= 1 for threshold in tiou):
         raise ValueError(f"tIoU thresholds {list(tiou)}: give 1 to 62 numbers above 0, at most 1")
-    # Classes in the order of their first appearance: the mean is then bit for bit the official one.
-    classes = {label: number for number, label in enumerate(dict.fromkeys(row[1] for row in ground_truth))}
-    videos = {video: number for number, video in enumerate(dict.fromkeys(row[0] for row in ground_truth))}
-    if not classes:
+    if not truth.labels:
         raise ValueError("the ground truth has no segments; is it the right subset?")
-    truth = _columns([(*row, 0.0) for row in ground_truth], videos, classes)
-    found = _columns([row for row in predictions if row[1] in classes], videos, classes)
-    truth_of, found_of = _by_label(truth, len(classes)), _by_label(found, len(classes))
+    # Classes in the order of their first appearance: the mean is then bit for bit the official one.
+    classes = {label: number for number, label in enumerate(dict.fromkeys(truth.labels))}
+    videos = {name: number for number, name in enumerate(truth.names)}
     ap = np.zeros((len(tiou), len(classes)))
-    for number, (own_truth, own_found) in enumerate(zip(truth_of, found_of, strict=True)):
-        ap[:, number] = average_precision(own_truth, own_found, np.asarray(tiou, dtype=np.float64))
+    thresholds = np.asarray(tiou, dtype=np.float64)
+    pairs = zip(_by_class(truth, videos, classes), _by_class(predictions, videos, classes), strict=True)
+    for number, (own_truth, own_predictions) in enumerate(pairs):
+        ap[:, number] = average_precision(own_truth, own_predictions, thresholds)
     mean = ap.mean(axis=1)
     return {"mAP": mean.tolist(), "average_mAP": float(mean.mean())}
 
 
-def average_precision(truth: Segments, predictions: Segments, tiou: np.ndarray) -> np.ndarray:
+def average_precision(truth: Class, predictions: Class, tiou: np.ndarray) -> np.ndarray:
     """AP of one class per threshold. truth has at least one segment; tiou: (T,). Returns (T,)."""
-    if not len(predictions.score):
+    if not len(predictions.scores):
         return np.zeros(len(tiou))
-    order = np.argsort(-predictions.score, kind="stable")
-    hits = match(truth, predictions.video[order], predictions.segment[order], tiou)
+    order = np.argsort(-predictions.scores, kind="stable")
+    hits = match(truth, predictions.video[order], predictions.segments[order], tiou)
     true = hits.cumsum(axis=0, dtype=np.float64).T
-    recall, precision = true / float(len(truth.score)), true / np.arange(1.0, len(order) + 1)
+    recall, precision = true / float(len(truth.scores)), true / np.arange(1.0, len(order) + 1)
     return np.array([interpolated_area(p, r) for p, r in zip(precision, recall, strict=True)])
 
 
-def match(truth: Segments, video: np.ndarray, segment: np.ndarray, tiou: np.ndarray) -> np.ndarray:
+def match(truth: Class, video: np.ndarray, segment: np.ndarray, tiou: np.ndarray) -> np.ndarray:
     """Which predictions, best first, are true at which threshold. video: (P,), segment: (P, 2). Returns bool (P, T).
 
     Pairs of prediction and ground truth are made for all at once; then one pass gives the ground truth away. In it the
@@ -110,12 +114,12 @@ def match(truth: Segments, video: np.ndarray, segment: np.ndarray, tiou: np.ndar
     """
     # Ground truth by video, within a video the later first: of equal tIoU it goes first.
     place = np.lexsort((-np.arange(len(truth.video)), truth.video))
-    sorted_video, sorted_segment = truth.video[place], truth.segment[place]
+    sorted_video, sorted_segment = truth.video[place], truth.segments[place]
     first = np.searchsorted(sorted_video, video, "left")
     count = np.searchsorted(sorted_video, video, "right") - first
     row = np.repeat(np.arange(len(video)), count)
     column = np.arange(len(row)) - np.repeat(count.cumsum() - count, count) + np.repeat(first, count)
-    overlap = pair_iou(segment[row], sorted_segment[column])
+    overlap = segment_iou(segment[row], sorted_segment[column])
     bits = (overlap[:, None] >= tiou) @ (1 << np.arange(len(tiou), dtype=np.int64))
     near = np.flatnonzero(bits)
     near = near[np.lexsort((-overlap[near], row[near]))]
@@ -128,13 +132,6 @@ def match(truth: Segments, video: np.ndarray, segment: np.ndarray, tiou: np.ndar
     return (np.array(hits, dtype=np.int64)[:, None] >> np.arange(len(tiou)) & 1).astype(bool)
 
 
-def pair_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Temporal IoU of a[i] with b[i], in the official script's order of operations; 0 for two without length."""
-    intersection = (np.minimum(a[:, 1], b[:, 1]) - np.maximum(a[:, 0], b[:, 0])).clip(0)
-    union = (b[:, 1] - b[:, 0]) + (a[:, 1] - a[:, 0]) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
 def interpolated_area(precision: np.ndarray, recall: np.ndarray) -> float:
     """Area under the envelope: at each recall the best precision at this recall or beyond (VOC 2011)."""
     precision, recall = np.concatenate([[0], precision, [0]]), np.concatenate([[0], recall, [1]])
@@ -143,50 +140,88 @@ def interpolated_area(precision: np.ndarray, recall: np.ndarray) -> float:
     return float(np.sum((recall[steps] - recall[steps - 1]) * envelope[steps]))
 
 
-def read_ground_truth(path: Path, subset: str, *, drop_duplicates: bool = False) -> tuple[list[Truth], set[str]]:
+def read_ground_truth(
+    path: Path, subset: str, *, drop_duplicates: bool = False, blocked: Collection[str] = ()
+) -> tuple[Rows, set[str]]:
     """The rows of one subset, and the labels of the whole file."""
-    database = _member(_read_json(path), "database", dict, str(path))
-    rows: list[Truth] = []
+    own: dict[str, list[dict]] = {}
     known: set[str] = set()
     subsets: set[str] = set()
-    for video, entry in database.items():
-        where = f"{path}: video {video}"
-        own = _member(entry, "subset", str, where)
-        subsets.add(own)
-        kept: list[Truth] = []
-        for number, annotation in enumerate(_member(entry, "annotations", list, where)):
-            row = _row(video, annotation, f"{where}, annotation {number}")
-            known.add(row[1])
-            if own == subset and not (drop_duplicates and _is_superfluous(row, kept)):
-                kept.append(row)
-        rows += kept
-    if not rows:
+    for name, entry in _member(_read_json(path), "database", dict, str(path)).items():
+        where = f"{path}: video {name}"
+        annotations = _member(entry, "annotations", list, where)
+        known.update(_member(row, "label", str, f"{where}, annotation {k}") for k, row in enumerate(annotations))
+        subsets.add(_member(entry, "subset", str, where))
+        if entry["subset"] == subset and name not in blocked:
+            own[name] = [row for row in annotations if row["label"] not in NOT_CLASSES]
+    rows = _rows(own, path, "annotation")
+    if drop_duplicates:
+        keep = _needed(rows)
+        labels = [label for label, kept in zip(rows.labels, keep, strict=True) if kept]
+        rows = Rows(rows.names, rows.video[keep], labels, rows.segments[keep], rows.scores[keep])
+    if not rows.labels:
         raise ValueError(f"{path}: subset {subset!r} has no annotations; the file has {', '.join(sorted(subsets))}")
     return rows, known
 
 
-def read_predictions(path: Path, known: set[str]) -> list[Detection]:
+def read_predictions(path: Path, known: set[str], *, blocked: Collection[str] = ()) -> Rows:
     """The rows of a file in the submission format. known: the labels that may appear."""
-    rows: list[Detection] = []
-    for video, entries in _member(_read_json(path), "results", dict, str(path)).items():
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: video {video}: want a list of predictions, got {type(entries).__name__}")
-        for number, entry in enumerate(entries):
-            where = f"{path}: video {video}, prediction {number}"
-            row = _row(video, entry, where)
-            if row[1] not in known:
-                raise ValueError(f"{where}: label {row[1]!r} is not in the ground truth file")
-            rows.append((*row, _number(entry, "score", where)))
+    everything = _member(_read_json(path), "results", dict, str(path))
+    results = {name: _member(everything, name, list, f"{path}: results") for name in everything if name not in blocked}
+    rows = _rows(results, path, "prediction", scored=True)
+    if unknown := set(rows.labels) - known:
+        k = next(k for k, label in enumerate(rows.labels) if label in unknown)
+        where = f"{path}: video {rows.names[rows.video[k]]}"
+        raise ValueError(f"{where}: label {rows.labels[k]!r} is not in the ground truth file")
     return rows
 
 
-def _is_superfluous(row: Truth, kept: list[Truth]) -> bool:
-    """Whether OpenTAD would drop this ground truth: without length, or one like it was kept before."""
-    _, label, start, end = row
-    return end - start <= 0 or any(
-        label == other[1] and abs(start - other[2]) <= DUPLICATE_SECONDS and abs(end - other[3]) <= DUPLICATE_SECONDS
-        for other in kept
-    )
+def _rows(videos: dict[str, list[dict]], path: Path, what: str, *, scored: bool = False) -> Rows:
+    """All entries at once; if anything is wrong, one by one, to name the first that is."""
+    try:
+        entries = [entry for own in videos.values() for entry in own]
+        labels = [entry["label"] for entry in entries]
+        segments = np.array([entry["segment"] for entry in entries] or np.zeros((0, 2)))
+        scores = np.array([entry["score"] for entry in entries] if scored else np.zeros(len(entries)))
+        fine = segments.shape == (len(entries), 2) and scores.shape == (len(entries),)
+        fine &= {type(label) for label in labels} <= {str} and {segments.dtype.kind, scores.dtype.kind} <= {"f", "i"}
+        fine = fine and bool(np.isfinite(scores).all() and np.isfinite(segments).all())
+        fine = fine and bool((segments[:, 0] <= segments[:, 1]).all())
+    except (KeyError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        _name_the_fault(videos, path, what, scored)
+    video = np.repeat(np.arange(len(videos)), [len(own) for own in videos.values()])
+    return Rows(list(videos), video, labels, segments.astype(np.float64), scores.astype(np.float64))
+
+
+def _name_the_fault(videos: dict[str, list[dict]], path: Path, what: str, scored: bool) -> None:
+    """Raise the ValueError that says which entry is wrong, and how."""
+    for name, own in videos.items():
+        for k, entry in enumerate(own):
+            where = f"{path}: video {name}, {what} {k}"
+            _member(entry, "label", str, where)
+            segment = _member(entry, "segment", list, where)
+            if len(segment) != 2 or not all(map(_is_number, segment)) or segment[0] > segment[1]:
+                raise ValueError(f"{where}: segment is {segment}, want [start, end] in seconds, start <= end")
+            if scored and not _is_number(_member(entry, "score", object, where)):
+                raise ValueError(f"{where}: score is {entry['score']!r}, want a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _needed(rows: Rows) -> np.ndarray:
+    """Which ground truth OpenTAD would keep: with length, and unlike those kept before it. Returns bool (M,)."""
+    keep = np.zeros(len(rows.labels), dtype=bool)
+    kept: dict[tuple[int, str], list[np.ndarray]] = {}
+    for k, (video, label, segment) in enumerate(zip(rows.video.tolist(), rows.labels, rows.segments, strict=True)):
+        others = kept.setdefault((video, label), [])
+        if segment[1] > segment[0] and not any((abs(segment - other) <= DUPLICATE_SECONDS).all() for other in others):
+            others.append(segment)
+            keep[k] = True
+    return keep
 
 
 def _read_json(path: Path) -> Any:
@@ -207,42 +242,12 @@ def _member(entry: Any, key: str, kind: type, where: str) -> Any:
     return entry[key]
 
 
-def _number(entry: dict, key: str, where: str) -> float:
-    if key not in entry:
-        raise ValueError(f"{where}: key {key!r} is missing")
-    value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {key} is {value!r}, want a finite number")
-    return float(value)
-
-
-def _row(video: str, entry: Any, where: str) -> Truth:
-    label, segment = _member(entry, "label", str, where), _member(entry, "segment", list, where)
-    try:
-        start, end = segment
-        start, end = float(start), float(end)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: segment is {segment}, want [start, end] in seconds") from None
-    if not (math.isfinite(start) and math.isfinite(end) and start <= end):
-        raise ValueError(f"{where}: segment is {segment}, want start <= end, finite")
-    return video, label, start, end
-
-
-def _columns(rows: Sequence[Detection], videos: dict[str, int], classes: dict[str, int]) -> Segments:
-    """Rows as arrays; a video that `videos` does not have is -1."""
-    numbers = np.array([row[2:] for row in rows], dtype=np.float64).reshape(-1, 3)
-    return Segments(
-        video=np.array([videos.get(row[0], -1) for row in rows], dtype=np.int64),
-        label=np.array([classes[row[1]] for row in rows], dtype=np.int64),
-        segment=numbers[:, :2],
-        score=numbers[:, 2],
-    )
-
-
-def _by_label(rows: Segments, num_classes: int) -> list[Segments]:
-    """One per class, in the order of the file."""
-    order = np.argsort(rows.label, kind="stable")
-    cuts = np.searchsorted(rows.label[order], np.arange(1, num_classes))
+def _by_class(rows: Rows, videos: dict[str, int], classes: dict[str, int]) -> list[Class]:
+    """One per class, in the order of the file; other classes are left out."""
+    numbers = np.array([videos.get(name, -1) for name in rows.names], dtype=np.int64)
+    label = np.fromiter((classes.get(label, -1) for label in rows.labels), np.int64, len(rows.labels))
+    order = np.argsort(label, kind="stable")
+    cuts = np.searchsorted(label[order], np.arange(len(classes) + 1))
     return [
-        Segments(rows.video[own], rows.label[own], rows.segment[own], rows.score[own]) for own in np.split(order, cuts)
+        Class(numbers[rows.video[own]], rows.segments[own], rows.scores[own]) for own in np.split(order, cuts)[1:-1]
     ]

@@ -35,13 +35,13 @@ class Window(NamedTuple):
 
 
 def segment_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Temporal intersection over union of all pairs; 0 where both segments have no length.
+    """Temporal intersection over union; 0 where both segments have no length.
 
-    a: (N, 2), b: (M, 2), start and end. Returns (N, M).
+    a, b: (..., 2), start and end, broadcast against each other. Returns (...). The order of the operations is that of
+    ActivityNet's script.
     """
-    left, right = np.maximum(a[:, None, 0], b[None, :, 0]), np.minimum(a[:, None, 1], b[None, :, 1])
-    intersection = (right - left).clip(0)
-    union = (b[None, :, 1] - b[None, :, 0]) + (a[:, None, 1] - a[:, None, 0]) - intersection
+    intersection = (np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])).clip(0)
+    union = (b[..., 1] - b[..., 0]) + (a[..., 1] - a[..., 0]) - intersection
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
@@ -85,7 +85,7 @@ def soft_nms(
         taken, values = _suppress(given, classes, alive, method, sigma, iou_threshold, min_score, max_detections)
     kept = given[taken]
     if vote_threshold > 0 and len(taken):
-        weights = (segment_iou(kept, given) >= vote_threshold) * original
+        weights = (segment_iou(kept[:, None], given) >= vote_threshold) * original
         weights *= classes[taken][:, None] == classes
         total = weights.sum(1, keepdims=True)
         # Segments without length overlap nothing, not even themselves.

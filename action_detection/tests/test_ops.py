@@ -117,7 +117,7 @@ def test_segments_without_length_overlap_nothing():
     segments, scores, _ = soft_nms(*tensors, method="soft", vote_threshold=0.5, **SETTINGS)
     assert scores.tolist() == [0.9, 0.8, 0.7]
     assert segments.tolist() == [[3, 3], [3, 3], [0, 9]]
-    assert not segment_iou(np.array([[3.0, 3.0]]), np.array([[3.0, 3.0], [0.0, 9.0]])).any()
+    assert not segment_iou(np.array([3.0, 3.0]), np.array([[3.0, 3.0], [0.0, 9.0]])).any()
 
 
 @settings(max_examples=60, deadline=None)
