@@ -1,4 +1,4 @@
-"""Read and write video files: `probe`, `read_frames`, `write_video`.
+"""Read and write video files: `probe`, `read_frames`, `write_video`, `write_frames`.
 
 PyAV walks the packets first (no decoding): that finds files that are no video, have no frames or are cut short, and
 gives the presentation time of each frame. Then decord decodes, because it is the quicker reader, where it is known to
@@ -9,9 +9,10 @@ presentation time, in both readers. Not a streaming reader: one call opens, read
 between worker processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ class FrameCache:
         """As the function; decodes and keeps the video if it fits."""
         if self.bytes_left <= 0 and not self.videos:
             return probe(path)
-        key = self._key(path)
+        key = _key(path)
         if key not in self.videos:
             info = probe(path)
             size = info.num_frames * info.height * info.width * 3
@@ -104,41 +105,54 @@ class FrameCache:
 
     def read_frames(self, path: Path | str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """As the function, from memory if `probe` kept the video."""
-        kept = self.videos.get(self._key(path)) if self.videos else None
+        kept = self.videos.get(_key(path)) if self.videos else None
         return read_frames(path, indices) if kept is None else kept[1][indices]
-
-    def _key(self, path: Path | str) -> tuple[str, int, int]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such video file; check the data root, or run the task's prepare")
-        status = Path(path).stat()
-        return str(path), status.st_mtime_ns, status.st_size
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: float, *, crf: int = 20) -> None:
     """Write uint8 RGB frames (T, H, W, 3) as H.264 mp4; H and W even. The file appears only when it is complete."""
-    av = _import("av")
     frames = np.asarray(frames)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+    if frames.ndim != 4 or len(frames) == 0:
         raise ValueError(f"frames must be uint8 (T, H, W, 3) with T > 0, got {frames.dtype} {frames.shape}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"H.264 needs an even height and width, got {frames.shape[1:3]}; pad or crop by one pixel")
+    write_frames(path, frames, fps, crf=crf)
+
+
+def write_frames(path: Path | str, frames: Iterable[np.ndarray], fps: float, *, crf: int = 20) -> None:
+    """As `write_video`, of frames (H, W, 3) that come one at a time, all of one size: for videos of any length."""
+    av = _import("av")
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
-    path = Path(path)
+    path, shape = Path(path), None
     temporary = path.with_name(path.name + ".part")
     # One thread and no look-ahead: with it, x264 sometimes decides otherwise on the same frames (seen with "veryfast").
     options = {"crf": str(crf), "preset": "ultrafast", "x264-params": "threads=1:lookahead-threads=1:sync-lookahead=0"}
     try:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            stream.pix_fmt = "yuv420p"
             stream.codec_context.thread_count = 1
             for frame in frames:
+                if shape is None:
+                    shape = _size_to_write(frame)
+                    stream.height, stream.width = shape[:2]
+                if frame.shape != shape or frame.dtype != np.uint8:
+                    raise ValueError(f"frames must all be uint8 {shape}, got {frame.dtype} {frame.shape}")
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            if shape is None:
+                raise ValueError(f"{path}: no frames to write")
             container.mux(stream.encode())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _size_to_write(frame: np.ndarray) -> tuple[int, ...]:
+    """The shape of a frame that can be encoded; ValueError for any other."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
+    if frame.shape[0] % 2 or frame.shape[1] % 2:
+        raise ValueError(f"H.264 needs an even height and width, got {frame.shape[:2]}; pad or crop by one pixel")
+    return frame.shape
 
 
 def _import(name: str):
@@ -148,15 +162,19 @@ def _import(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"reading video needs {name}; install it with: pip install 'dr2net[video]'"
-        ) from error
+        raise ImportError(f"reading video needs {name}; install it with: pip install 'dr2net[video]'") from error
+
+
+def _key(path: Path | str) -> tuple[str, int, int]:
+    """A file by name, time of change and size."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such video file; check the data root, or run the task's prepare")
+    status = Path(path).stat()
+    return str(path), status.st_mtime_ns, status.st_size
 
 
 def _open(path: Path | str) -> "InputContainer":
     av = _import("av")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such video file; check the data root, or run the task's prepare")
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, ValueError) as error:
@@ -168,7 +186,12 @@ def _open(path: Path | str) -> "InputContainer":
 
 
 def _walk_packets(path: Path | str) -> tuple[VideoInfo, _Order]:
-    """What the packets of the frames that will be shown tell, without decoding."""
+    """What the packets of the frames that will be shown tell, without decoding; remembered for the latest files."""
+    return _walk_file(*_key(path))
+
+
+@lru_cache(maxsize=2)  # `read_frames` follows `probe`; a two-hour video has 200,000 packets
+def _walk_file(path: str, changed: int, size: int) -> tuple[VideoInfo, _Order]:
     av = _import("av")
     with _open(path) as container:
         stream = container.streams.video[0]
