@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dr2net.training import video
-from dr2net.training.video import BrokenVideo, probe, read_frames, write_video
+from dr2net.training.video import BrokenVideo, probe, read_frames, write_frames, write_video
 
 NUM_FRAMES, BITS = 40, 6
 
@@ -195,3 +195,14 @@ def test_ordinary_files_are_read_by_decord(tmp_path, monkeypatch):
     for kind in ("h264_with_b_frames", "vp9_webm"):
         name, codec, options, times = FILES[kind]
         assert numbers(read_frames(write(tmp_path / name, codec, options, times), [30, 2])) == [30, 2]
+
+
+def test_frames_from_an_iterator_give_the_same_file_as_an_array_and_all_have_one_size(tmp_path):
+    frames = numbered_frames()
+    write_video(tmp_path / "array.mp4", frames, 25)
+    write_frames(tmp_path / "iterator.mp4", (frame for frame in frames), 25)
+    assert (tmp_path / "array.mp4").read_bytes() == (tmp_path / "iterator.mp4").read_bytes()
+    for bad, message in (([frames[0], frames[0][:, :90]], "must all be"), ([], "no frames to write")):
+        with pytest.raises(ValueError, match=message):
+            write_frames(tmp_path / "bad.mp4", bad, 25)
+    assert len(list(tmp_path.iterdir())) == 2
