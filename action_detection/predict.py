@@ -1,0 +1,300 @@
+"""When which action happens in a video file: the detections as JSON, on a timeline, and in an annotated copy.
+
+    python -m action_detection.predict runs/action_detection/untrimmed_tiny_dr2net/seed0 video.mp4 --output predictions
+
+writes predictions/video.json (the official submission format), predictions/video.png (frames, the annotated actions if
+--annotations FILE has the video, the detected ones below, a lane per class, the score as opacity) and
+predictions/video.mp4 (what is detected, while it lasts). Windows and frames pass through one piece at a time, so that
+the length of the video does not matter to memory. JSON has all detections, the pictures those of at least --min-score.
+A class-agnostic network names no class: it finds "action". Not here: streaming from a camera.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from action_detection.annotations import read_database
+from action_detection.configs import Config
+from action_detection.data import collate, read_annotations, window_of
+from action_detection.evaluate import Detected, autocast, detect_windows, detections, load_detector, write_detections
+from dr2net.training.command import run_command
+from dr2net.training.video import VideoInfo, probe, read_frames, write_frames
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+# Tableau's ten, readable side by side; classes beyond repeat them.
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#6b6b6b")
+MAX_LANES = 12  # classes in a picture, those with the best scores
+MAX_PIECE_BYTES = 1 << 27  # of decoded frames in memory at once
+DARK, LIGHT, TRACK = (20, 20, 20), (255, 255, 255), (70, 70, 70)
+
+
+class Action(NamedTuple):
+    """An action in a picture."""
+
+    label: str
+    start: float  # seconds
+    end: float
+    score: float = 1.0
+
+
+def main(words: list[str]) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
+    parser.add_argument("video", type=Path)
+    parser.add_argument("--annotations", type=Path, help="a file in ActivityNet's form that has this video")
+    parser.add_argument("--min-score", type=float, default=0.2, help="of the actions in the pictures")
+    parser.add_argument("--root", type=Path, help="the data set's folder with the class names, if it has moved")
+    parser.add_argument("--output", type=Path, default=Path("predictions"))
+    arguments = parser.parse_args(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, model = load_detector(arguments.run, device)
+    if arguments.root is not None:
+        config = replace(config, data=replace(config.data, root=arguments.root))
+    written = predict(
+        config,
+        model,
+        arguments.video,
+        arguments.output,
+        annotations=arguments.annotations,
+        min_score=arguments.min_score,
+    )
+    for path in written:
+        print(path)
+
+
+def predict(
+    config: Config,
+    model: nn.Module,
+    video: Path,
+    output: Path,
+    *,
+    annotations: Path | None = None,
+    min_score: float = 0.2,
+) -> tuple[Path, Path, Path]:
+    """Print the best detections and write JSON, timeline and annotated video; returns their paths.
+
+    Raises FileNotFoundError for a missing file, dr2net.training.video.BrokenVideo for one that cannot be decoded,
+    ValueError if `annotations` lacks the video or min_score is not in [0, 1].
+    """
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score is {min_score}; a score lies between 0 and 1")
+    class_names = ("action",) if config.model.class_agnostic else read_annotations(config.data).class_names
+    name, info = video.stem.removeprefix("v_"), probe(video)
+    truth = None if annotations is None else annotated_actions(annotations, name)
+    found = detect(config, model, video)
+    actions = [
+        Action(class_names[label], start, end, score)
+        for label, (start, end), score in zip(
+            found.labels.tolist(), found.segments.tolist(), found.scores.tolist(), strict=True
+        )
+        if score >= min_score
+    ]
+    print(f"{len(found.scores)} detections, {len(actions)} with a score of at least {min_score}")
+    for action in actions[:10]:
+        print(f"{action.score:6.1%} {action.start:8.1f} to {action.end:6.1f} s  {action.label}")
+    output.mkdir(parents=True, exist_ok=True)
+    table, timeline, annotated = (output / f"{video.stem}.{suffix}" for suffix in ("json", "png", "mp4"))
+    write_detections(table, {name: found}, class_names)
+    colours = colours_of([*(truth or []), *actions])
+    draw_timeline(timeline, video, info, actions, truth, colours, title=f"{video.name}, {config.row}")
+    # never onto the input
+    if annotated.resolve() == video.resolve():
+        annotated = annotated.with_stem(f"{video.stem}_annotated")
+    write_frames(annotated, annotate(video, info, actions, colours), output_fps(info))
+    return table, timeline, annotated
+
+
+def detect(config: Config, model: nn.Module, video: Path) -> Detected:
+    """The detections in a video file, best first, as in evaluation; one window in memory at a time."""
+    device = next(model.parameters()).device
+    with autocast(config, device):
+        windows = detect_windows(
+            model, (collate([sample]) for sample in window_of(config.data, video)), config.detection
+        )
+    return detections(windows, config.detection)[video.stem]
+
+
+def annotated_actions(file: Path, name: str) -> list[Action]:
+    """The actions of one video in an annotation file. ValueError naming both if it is not there."""
+    _, database = read_database(file)
+    if name not in database:
+        raise ValueError(
+            f"{file} has no video {name!r}; its {len(database)} names are the files' without v_ and suffix"
+        )
+    return [Action(item["label"], *map(float, item["segment"])) for item in database[name]["annotations"]]
+
+
+def colours_of(actions: list[Action]) -> dict[str, str]:
+    """A colour for each class of a picture, at most MAX_LANES, those with the best scores, in the order of time."""
+    best: dict[str, float] = {}
+    for action in actions:
+        best[action.label] = max(action.score, best[action.label]) if action.label in best else action.score
+    kept = sorted(best, key=lambda label: -best[label])[:MAX_LANES]
+    kept.sort(key=lambda label: min(action.start for action in actions if action.label == label))
+    return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(kept)}
+
+
+def draw_timeline(
+    path: Path,
+    video: Path,
+    info: VideoInfo,
+    actions: list[Action],
+    truth: list[Action] | None,
+    colours: dict[str, str],
+    *,
+    title: str,
+) -> None:
+    """Frames of the video, the annotated actions if given, the detected ones; a lane per class, over seconds."""
+    from matplotlib.figure import Figure
+
+    panels = [("detected", actions)] if truth is None else [("annotated", truth), ("detected", actions)]
+    lanes = [[label for label in colours if any(a.label == label for a in own)] for _, own in panels]
+    num_frames = min(12, info.num_frames)
+    width, strip = 11.0, min(1.6, 11.0 / num_frames * info.height / info.width)
+    heights = [strip, *(0.3 * max(len(own), 1) + 0.12 for own in lanes)]
+    figure = Figure(figsize=(width, sum(heights) + 0.75 + 0.25 * len(panels)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    times = (np.arange(num_frames) + 0.5) * info.seconds / num_frames
+    indices = np.searchsorted(info.timestamps, times, side="right") - 1
+    for index, middle in zip(indices, times, strict=True):  # one by one: frames of a film do not fit into memory
+        half = 0.485 * info.seconds / num_frames
+        frame = thumbnail(read_frames(video, [index])[0], 200)
+        axes[0].imshow(frame, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="bilinear")
+    axes[0].set_ylim(0, 1)
+    axes[0].axis("off")
+    for panel, (name, own), labels in zip(axes[1:], panels, lanes, strict=True):
+        for lane, label in enumerate(labels):
+            mine = [action for action in own if action.label == label]
+            _draw_lane(panel, lane, mine, colours[label], info.seconds, with_scores=own is actions)
+        panel.set_yticks(range(len(labels)), [shorten(label, 32) for label in labels], fontsize=8)
+        panel.set_ylim(max(len(labels), 1) - 0.5, -0.5)
+        panel.set_title(name if labels else f"{name}: nothing", fontsize=9, loc="left", pad=3)
+        panel.tick_params(axis="x", labelsize=8, labelbottom=panel is axes[-1])
+        panel.tick_params(axis="y", length=0)
+        panel.grid(axis="x", alpha=0.25)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1].set_xlim(0, info.seconds)
+    axes[-1].set_xlabel("seconds", fontsize=8)
+    figure.savefig(path)
+
+
+def _draw_lane(
+    panel: "Axes", lane: int, actions: list[Action], colour: str, seconds: float, *, with_scores: bool
+) -> None:
+    """A bar for each action, the best on top; what it covers does not shine through. Scores where there is room."""
+    for action in sorted(actions, key=lambda action: action.score):
+        length = max(action.end - action.start, 0.002 * seconds)
+        panel.barh(lane, length, 0.62, action.start, color="white", linewidth=0)
+        panel.barh(lane, length, 0.62, action.start, color=colour, alpha=min(action.score, 1.0), linewidth=0)
+        panel.barh(lane, length, 0.62, action.start, fill=False, edgecolor=colour, linewidth=0.9)
+    room = 0.035 * seconds
+    written: list[float] = []
+    for action in sorted(actions, key=lambda action: -action.score) if with_scores else ():
+        middle = (action.start + action.end) / 2
+        if action.end - action.start > room and all(abs(middle - other) > room for other in written):
+            written.append(middle)
+            ink = "white" if action.score > 0.55 else "#222222"
+            panel.text(middle, lane, f"{action.score:.2f}", fontsize=7, color=ink, ha="center", va="center")
+
+
+def shorten(text: str, length: int) -> str:
+    """At most so many characters."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def thumbnail(frame: np.ndarray, width: int) -> np.ndarray:
+    """The frame (H, W, 3) with the given width."""
+    from PIL import Image
+
+    size = (width, max(1, round(width * frame.shape[0] / frame.shape[1])))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def output_fps(info: VideoInfo) -> float:
+    """The annotated copy's frame rate, constant even where the input's is not."""
+    return min(max(info.fps, 1.0), 30.0)
+
+
+def annotate(
+    video: Path, info: VideoInfo, actions: list[Action], colours: dict[str, str], *, min_width: int = 480
+) -> Iterator[np.ndarray]:
+    """The frames (H, W, 3) of the annotated copy, one by one: picture, then the actions of this moment, then all.
+
+    Enlarged to `min_width` if smaller; even height and width.
+    """
+    from PIL import Image
+
+    scale = max(1.0, min_width / info.width)
+    width, height = (2 * round(scale * side / 2) for side in (info.width, info.height))
+    shown = [action for action in actions if action.label in colours]
+    overview = draw_overview(shown, colours, info.seconds, width)
+    times = np.arange(max(round(info.seconds * output_fps(info)), 1)) / output_fps(info)
+    indices = np.searchsorted(info.timestamps, times + 1e-4, side="right") - 1
+    pieces = -(-len(indices) * info.height * info.width * 3 // MAX_PIECE_BYTES)
+    for part, moments in zip(np.array_split(indices, pieces), np.array_split(times, pieces), strict=True):
+        for frame, moment in zip(read_frames(video, part), moments.tolist(), strict=True):
+            picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+            captions = draw_captions(shown, colours, moment, width)
+            cursor = overview.copy()
+            x = min(int(moment / info.seconds * width), width - 2)
+            cursor.paste(LIGHT, (x, 0, x + 2, overview.height))
+            yield np.concatenate([np.asarray(image) for image in (picture, captions, cursor)])
+
+
+def draw_captions(
+    actions: list[Action], colours: dict[str, str], moment: float, width: int, *, lines: int = 3
+) -> "Image.Image":
+    """The best actions of this moment, a line each: a bar as long as the score, the name, from when to when."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (width, 24 * lines + 8), DARK)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    active: dict[str, Action] = {}
+    for action in actions:  # best first
+        if action.start <= moment < action.end:
+            active.setdefault(action.label, action)
+    for line, action in enumerate(list(active.values())[:lines]):
+        y = 24 * line + 5
+        draw.rectangle((0, y, width - 1, y + 20), fill=TRACK)
+        draw.rectangle((0, y, max(width * min(action.score, 1.0) - 1, 0), y + 20), fill=colours[action.label])
+        when = f"{action.start:.1f} to {action.end:.1f} s"
+        right = width - 8 - draw.textlength(when, font=font)
+        text = f"{action.score:.0%}  {action.label}"
+        while draw.textlength(text, font=font) > right - 16 and len(text) > 8:
+            text = shorten(text, len(text) - 1)
+        draw.text((8, y + 1), text, fill=LIGHT, font=font)
+        draw.text((right, y + 1), when, fill=LIGHT, font=font)
+    if len(active) < lines:
+        draw.text((8, 24 * lines - 17), f"{moment:.1f} s", fill=(170, 170, 170), font=font)
+    return picture
+
+
+def draw_overview(actions: list[Action], colours: dict[str, str], seconds: float, width: int) -> "Image.Image":
+    """All actions over the whole video, a thin lane per class, the score as opacity; even height."""
+    from PIL import Image, ImageColor
+
+    lane = 8
+    picture = Image.new("RGB", (width, lane * max(len(colours), 1) + 8 + lane * len(colours) % 2), (38, 38, 38))
+    for action in sorted(actions, key=lambda action: action.score):
+        y = 4 + lane * list(colours).index(action.label)
+        x = int(action.start / seconds * width)
+        size = (max(int((action.end - action.start) / seconds * width), 2), lane - 2)
+        colour = np.array(ImageColor.getrgb(colours[action.label])) * min(action.score, 1.0)
+        picture.paste(tuple(np.maximum(colour.astype(int), 38).tolist()), (x, y, x + size[0], y + size[1]))
+    return picture
+
+
+if __name__ == "__main__":
+    run_command(main)
