@@ -117,7 +117,9 @@ def split(branch: Branch, x: Tensor, args: Sequence[Any], named: dict[str, Any],
         groups = Groups(function, x.shape, 1)
     else:
         groups = branch.independent(x)
-    return Chunks(groups, branch.modules, branch.drop_path, mib * 2**20)
+    chunks = Chunks(groups, branch.modules, branch.drop_path, mib * 2**20)
+    # all in one: the branch as it is, which needs no buffers to collect the results in
+    return None if chunks.size == groups.count and isinstance(branch.independent, str) else chunks
 
 
 def evaluate(chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool) -> Tensor:
@@ -139,10 +141,12 @@ def differentiate(
     x: Tensor,
     grad: Tensor,
     dtype: torch.dtype,
+    alpha: float,
     parameters: Sequence[nn.Parameter],
     surroundings: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """F(x), the gradient of <F(x), grad> for x (None unless x requires it) and for the parameters (None where unused).
+    """F(x), the gradient of <F(x) + alpha x, grad> for x (None unless x requires it) and that of the parameters (None
+    where unused).
 
     Called with gradients enabled; F, not its derivative, runs in fresh `surroundings()` each time (autocast).
     F(x) and the gradient of x are fresh, contiguous, and in x's dtype.
@@ -156,29 +160,35 @@ def differentiate(
     sums: list[Tensor | None] = [None] * len(inputs)
     for start, stop in chunks.spans(x):
         chunk = chunks.groups.take(rows, start, stop).detach().requires_grad_(x.requires_grad)
+        grad_chunk = chunks.groups.take(grad_rows, start, stop)
         with surroundings():
             f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, factors, [t.view_as(t) for t in leaves])
         chunks.groups.put(out, f.detach(), start, stop)
-        if not f.requires_grad:
-            continue
-        edge, grad_f = torch.autograd.graph.get_gradient_edge(f), chunks.groups.take(grad_rows, start, stop).to(f.dtype)
-        del f
         wanted = [chunk, *inputs] if grad_x is not None else inputs
-        found = list(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
-        del edge, grad_f
+        found: list[Tensor | None] = [None] * len(wanted)
+        if f.requires_grad:
+            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad_chunk.to(f.dtype)
+            del f  # its values are not needed to differentiate it
+            found = list(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
+            del edge, grad_f
         if grad_x is not None:
             of_chunk = found.pop(0)
-            chunks.groups.put(grad_x, torch.zeros_like(chunk) if of_chunk is None else of_chunk, start, stop)
-        for k, value in enumerate(found):
+            if of_chunk is None:
+                of_chunk = grad_chunk * alpha
+            elif alpha != 0:
+                of_chunk = (grad_chunk * alpha).add_(of_chunk)
+            chunks.groups.put(grad_x, of_chunk, start, stop)
+            del of_chunk
+        for k in reversed(range(len(inputs))):
+            value = found.pop()
             if value is not None:
-                total = torch.zeros_like(inputs[k], dtype=_sum_dtype(inputs[k])) if sums[k] is None else sums[k]
-                sums[k] = total.add_(value)
-        del found
+                value = value.to(_sum_dtype(inputs[k]))
+                sums[k] = value if sums[k] is None else sums[k] + value  # `value` may be shared: not in place
     of_shared = [sums.pop(0) if leaf.requires_grad else None for leaf in leaves]
     pairs = [(s, g.to(s.dtype)) for s, g in zip(shared, of_shared, strict=True) if g is not None]
     if pairs:
         more = torch.autograd.grad([s for s, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True)
-        sums = [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, more, strict=True)]
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
     of_parameters = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
     return out[:-1].view(x.shape), None if grad_x is None else grad_x[:-1].view(x.shape), of_parameters
 

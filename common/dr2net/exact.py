@@ -20,20 +20,27 @@ sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, s
 result does not depend on its batch, and single values may grow to 8192 times that mean (beta <= 1/2) before an overflow
 is reported. The gradient treats rounding as identity.
 
+Nothing here needs more than a few MiB besides its arguments and results: quantising converts in place, step and inverse
+work on slabs of the flattened streams.
+
 Not here: autograd, randomness, who stores what (`reversible.py`).
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 PRECISION_BITS = {torch.float32: 17, torch.float64: 40}  # of the root mean square of the entering stream
 EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # a float's exponent bits
 DENOMINATOR = 1024  # a float beta is rounded to a multiple of 1/DENOMINATOR; a power of two divides by shifting
 WORD = 32  # bits of the words remainders are packed into
+SLAB = 2**20  # elements handled at a time: temporaries of a few MiB, which a CPU's cache holds
 
 
 def rational(beta: float | Fraction) -> Fraction:
@@ -87,12 +94,13 @@ def decode(n: Tensor, grid: Tensor) -> Tensor:
 def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each.
 
-    `out`, of x's dtype and layout, is overwritten; it may be f.
+    `out`, of x's dtype and layout, is overwritten and becomes q_i; it may be f.
     """
     # into x's memory layout, so that a rebuilt stream has the layout of the first one and kernels add in the same order
     out = torch.empty_like(x) if out is None or out.stride() != x.stride() else out
     scaled = torch.add(f, x, alpha=alpha, out=out).div_(grid).round_()
-    return scaled.to(INTEGER[x.dtype]), magnitude(scaled)
+    size = magnitude(scaled)
+    return scaled.view(INTEGER[x.dtype]).copy_(scaled), size  # integers in place of floats of the same width
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -103,34 +111,50 @@ def magnitude(x: Tensor) -> Tensor:
     return torch.maximum(low.neg(), high)
 
 
-def step(q: Tensor, previous: Tensor, beta: Fraction) -> tuple[Tensor, Tensor | None]:
-    """n_i and the remainder r (None at beta = 1) from q_i and n_{i-2}. `q` is overwritten with n_i."""
+def step(q: Tensor, previous: Tensor, beta: Fraction, *, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+    """n_i from q_i and n_{i-2}, and what `invert` needs: the remainders r, packed; None at beta = 1 or unless `keep`.
+
+    `q`, which lies in memory as `previous` does, is overwritten with n_i.
+    """
     if beta == 0:
         return q, None
     if beta == 1:
         return q.add_(previous), None
+    bits = remainder_bits(beta)
+    words = _words(q, bits) if keep else None
+    for columns, n, n_previous in _slabs(q, previous):
+        remainder = _step(n, n_previous, beta)
+        if words is not None:
+            pack(remainder, bits, words[:, columns])
+    return q, words
+
+
+def _step(q: Tensor, previous: Tensor, beta: Fraction) -> Tensor:
     whole, part = _divide(previous, beta.denominator)  # n = den * whole + part
     if beta.numerator == 1:
-        return q.add_(whole), part
+        q.add_(whole)
+        return part
     part.mul_(beta.numerator)
     carry, part = _divide(part, beta.denominator)  # num n = den m + part
     q.add_(whole.mul_(beta.numerator)).add_(carry)
-    return q, _divide_small(part, beta.numerator)
+    return _divide_small(part, beta.numerator)
 
 
-def invert(q: Tensor, following: Tensor, remainder: Tensor | None, beta: Fraction) -> Tensor:
-    """n_{i-2} from q_i, n_i and r. `q` is overwritten with it."""
-    m = torch.sub(following, q, out=q)
+def invert(q: Tensor, following: Tensor, words: Tensor | None, beta: Fraction) -> Tensor:
+    """n_{i-2} from q_i, n_i and the packed remainders. `q` is overwritten with it."""
     if beta == 1:
-        return m
-    assert remainder is not None and beta > 0
-    if beta.numerator > 1:
-        whole, part = _divide(m, beta.numerator)
-        part.mul_(beta.denominator).add_(beta.numerator - 1)
-        m = whole.mul_(beta.denominator).add_(_divide_small(part, beta.numerator))
-    else:
-        m.mul_(beta.denominator)
-    return m.add_(remainder)
+        return torch.sub(following, q, out=q)
+    assert words is not None and beta > 0
+    for columns, part, n in _slabs(q, following):
+        m = torch.sub(n, part, out=part)
+        if beta.numerator > 1:
+            whole, rest = _divide(m, beta.numerator)
+            rest.mul_(beta.denominator).add_(beta.numerator - 1)
+            torch.add(whole.mul_(beta.denominator), _divide_small(rest, beta.numerator), out=m)
+        else:
+            m.mul_(beta.denominator)
+        m.add_(unpack(words[:, columns], remainder_bits(beta), m))
+    return q
 
 
 def checksum(q: Tensor) -> Tensor:
@@ -138,13 +162,14 @@ def checksum(q: Tensor) -> Tensor:
     return q.reshape(-1, q.shape[-1]).sum(0, dtype=q.dtype)
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
+def pack(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Integers 0 <= v < 2**bits of any shape -> int32 words holding exactly `bits` bits each (padded to 32 values).
 
-    Value k of a row of 32 occupies bits [k * bits, (k + 1) * bits) of that row's `bits` words.
+    Value k of a row of 32 occupies bits [k * bits, (k + 1) * bits) of that row's `bits` words, (bits, rows); `out` are
+    such words, zero.
     """
     columns = _columns(values.reshape(-1).to(torch.int32))
-    words = columns.new_zeros(bits, columns.shape[1])
+    words = _words(values, bits) if out is None else out
     for k, column in enumerate(columns):
         word, offset = divmod(k * bits, WORD)
         words[word].bitwise_or_(column << offset if offset else column)
@@ -164,6 +189,23 @@ def unpack(words: Tensor, bits: int, like: Tensor) -> Tensor:
             column.bitwise_and_((1 << low) - 1).bitwise_or_(words[word + 1] << low)
         column.bitwise_and_((1 << bits) - 1)
     return columns.reshape(-1)[: like.numel()].reshape(like.shape).to(like.dtype)
+
+
+def _words(values: Tensor, bits: int) -> Tensor:
+    return torch.zeros(bits, -(-values.numel() // WORD), dtype=torch.int32, device=values.device)
+
+
+def _slabs(*streams: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Slabs of tensors that lie in memory alike, without gaps: the columns of their words, then a flat view of each."""
+    assert len({(stream.shape, stream.stride()) for stream in streams}) == 1
+    size = streams[0].numel()
+    flat = [stream.as_strided((size,), (1,)) for stream in streams]
+    starts: Sequence[int] = range(0, size, SLAB)
+    if isinstance(streams[0], FakeTensor):  # nothing to compute, and all slabs but the last are alike
+        starts = sorted({0, *starts[-1:]})
+    for start in starts:
+        stop = min(start + SLAB, size)
+        yield slice(start // WORD, -(-stop // WORD)), *(view[start:stop] for view in flat)
 
 
 def _columns(flat: Tensor) -> Tensor:

@@ -146,12 +146,9 @@ class DualResidual(torch.autograd.Function):
         q, size = exact.quantise(f, x, node.alpha, grid, out=f if node.chunks is not None else None)
         del f, x
         check = exact.checksum(q) if node.recording else None
-        following, remainder = exact.step(q, n_previous, node.beta)
+        following, words = exact.step(q, n_previous, node.beta, keep=node.recording and node.inverts)
         if node.recording:
-            packed = None
-            if remainder is not None and node.inverts:
-                packed = exact.pack(remainder, exact.remainder_bits(node.beta))
-            ctx.save_for_backward(check, packed, *own, *((following, n, grid, *common) if node.keeps else ()))
+            ctx.save_for_backward(check, words, *own, *((following, n, grid, *common) if node.keeps else ()))
         ctx.mark_non_differentiable(following, size)
         return exact.decode(following, exact.checked(grid, size, node.largest)), following, size
 
@@ -165,7 +162,7 @@ class DualResidual(torch.autograd.Function):
         node: Node = ctx.node
         tape = node.tape
         saved = list(ctx.saved_tensors)
-        check, packed = (saved.pop(0), saved.pop(0)) if node.exact else (None, None)
+        check, words = (saved.pop(0), saved.pop(0)) if node.exact else (None, None)
         own = [saved.pop(0) for _ in node.tensor_at] if node.own_side else []
         num_streams = 3 if node.exact else 2
         if node.keeps:
@@ -195,18 +192,19 @@ class DualResidual(torch.autograd.Function):
             if node.chunks is None:
                 f = node.call(x_in, [t.view_as(t) for t in side])
             else:
-                f, of_x, of_parameters = differentiate(
-                    node.chunks, x_in, grad, node.dtype, node.parameters, node.surroundings
+                f, grad_x, of_parameters = differentiate(
+                    node.chunks, x_in, grad, node.dtype, node.alpha, node.parameters, node.surroundings
                 )
+                del x_in
 
         if node.exact:
             q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2], out=f if node.chunks is not None else None)
+            del x
             if not isinstance(q, FakeTensor):
                 tape.checks.append((node.name, torch.eq(exact.checksum(q), check).all()))
-        if node.inverts and node.exact:
-            remainder = exact.unpack(packed, exact.remainder_bits(node.beta), q) if packed is not None else None
-            tape.streams = (streams[1], exact.invert(q, streams[0], remainder, node.beta), streams[2])
-            del q, remainder
+            if node.inverts:
+                tape.streams = (streams[1], exact.invert(q, streams[0], words, node.beta), streams[2])
+            del q
         elif node.inverts:
             out = streams[0] if owned else f if node.chunks is not None else None
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
@@ -214,7 +212,7 @@ class DualResidual(torch.autograd.Function):
             tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
         else:
             _verify(tape)
-        del streams, saved, packed
+        del streams, saved, words
 
         if node.chunks is None:
             wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
@@ -224,18 +222,17 @@ class DualResidual(torch.autograd.Function):
                 del f  # its values are not needed to differentiate it
                 found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
                 del edge, grad_f
-            results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
-        else:
-            del f
-            results = [of_x, *[None] * len(side), *of_parameters]
-            del of_x, of_parameters
-        grad_x, grad_previous = results[0], None
-        if x_in.requires_grad:
-            if node.alpha != 0:
+            grad_x, *results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
+            if x_in.requires_grad and node.alpha != 0:
                 # rounded as plain autograd rounds, so that the gradient is bitwise that of `store=True`
                 grad_x = grad * node.alpha if grad_x is None else (grad * node.alpha).add_(grad_x)
-            grad_previous = grad * float(node.beta) if ctx.needs_input_grad[2] and node.beta != 0 else None
-        return None, grad_x, grad_previous, None, None, None, *results[1:]
+        else:
+            del f
+            results = [*[None] * len(side), *of_parameters]
+        grad_previous = None
+        if ctx.needs_input_grad[1] and ctx.needs_input_grad[2] and node.beta != 0:
+            grad_previous = grad if node.beta == 1 else grad * float(node.beta)
+        return None, grad_x, grad_previous, None, None, None, *results
 
 
 def _verify(tape: Tape) -> None:

@@ -268,7 +268,7 @@ class _Pass:
         f = node.call(x, side)
         smooth = coupling.step(f, x, previous, node.alpha, float(node.beta))
         q, size = exact.quantise(f.detach(), x.detach(), node.alpha, self.grid)
-        n, _ = exact.step(q, self.n_previous, node.beta)
+        n, _ = exact.step(q, self.n_previous, node.beta, keep=False)
         value = exact.decode(n, exact.checked(self.grid, size, self.largest))
         return value + (smooth - smooth.detach()), n, size
 

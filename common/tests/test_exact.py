@@ -62,14 +62,23 @@ def test_invert_undoes_step_bit_for_bit_up_to_the_limit(beta, dtype, num_branche
     bound = int(exact.limit(beta, num_branches, dtype) * share)
     bound = min(bound, 2**62)
     previous, q = (integers(seed + i, (2, 3, 5), bound, dtype) for i in range(2))
-    following, remainder = exact.step(q.clone(), previous, beta)
+    following, words = exact.step(q.clone(), previous, beta)
     expected = [int(a) + math.floor(beta * int(b)) for a, b in zip(q.flatten(), previous.flatten(), strict=True)]
     assert following.flatten().tolist() == expected  # against Python's unbounded integers
-    if remainder is not None:
-        bits = exact.remainder_bits(beta)
-        assert 0 <= int(remainder.min()) and int(remainder.max()) < 2**bits
-        remainder = exact.unpack(exact.pack(remainder, bits), bits, q)
-    assert torch.equal(exact.invert(q.clone(), following, remainder, beta), previous)
+    assert (words is None) == (beta == 1) and (words is None or len(words) == exact.remainder_bits(beta))
+    assert torch.equal(exact.invert(q.clone(), following, words, beta), previous)
+
+
+@pytest.mark.parametrize("beta", [Fraction(1, 8), Fraction(51, 512), Fraction(3, 4)])
+@pytest.mark.parametrize("size", [(2, 3, 5), (3, 8, 32), (1, 96)])
+def test_slabs_change_nothing_in_any_memory_layout(monkeypatch, beta: Fraction, size: tuple[int, ...]) -> None:
+    previous, q = (integers(i, size, 10**6, torch.float32).transpose(0, -1) for i in range(2))
+    following, words = exact.step(q.clone(), previous, beta)
+    monkeypatch.setattr(exact, "SLAB", 64)
+    again, in_slabs = exact.step(q.clone(), previous, beta)
+    assert torch.equal(again, following) and in_slabs.shape == words.shape
+    assert torch.equal(exact.invert(q.clone(), following, in_slabs, beta), previous)
+    assert exact.step(q.clone(), previous, beta, keep=False)[1] is None
 
 
 @settings(max_examples=60, deadline=None)
