@@ -1,38 +1,39 @@
 """What needs no task: does a model fit in the memory, and is its reversible gradient right?
 
     dr2net plan --model vit_small_patch16_224 --input 16x3x224x224 --budget 24GiB --precision bf16
-    dr2net check --model vit_tiny_patch16_224 --input 2x3x224x224
+    dr2net plan --model torchvision:swin3d_t --input 1x3x32x224x224 --grow 2:32 --plot frames.png
+    dr2net check --model vit_tiny_patch16_224 --input 2x3x224x224 --start 1,0.1 --end 0.4,0.7
 
 A model is a timm name, `torchvision:swin3d_t`, `transformers:VideoMAEConfig` (or a local folder after the colon), or
-`package.module:function`, a function of yours without arguments that returns the module. An input is one float tensor,
-`16x3x224x224`, the batch first. `plan` computes nothing and needs no GPU (dr2net.memory.predict); `check` computes.
+`package.module:function`, a function of yours that returns the module (`model_names.py`). An input is one float tensor,
+`16x3x224x224`, the batch first. `plan` computes nothing and needs no GPU (`planner.py`), but with --calibrate; `check`
+computes. Both take the coefficients at one point, or along a schedule from --start to --end.
 """
 
 import argparse
-import contextlib
 import functools
-import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import get_args
+from pathlib import Path as FilePath
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 import dr2net
-from dr2net import schedule
-from dr2net.memory import Memory, format_bytes, largest, predict
+from dr2net import planner, schedule
+from dr2net.memory import Memory, format_bytes, largest
+from dr2net.model_names import find_by_depth, find_model
+from dr2net.planner import Setting, Shape, loss_of
+from dr2net.reversible import Inversion
 
-METHODS = ("conventional", "checkpointed", "reversible", "dr2net")
-INVERSIONS = ("exact", "anchored", "float")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIMIZERS = {
-    "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
-    "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
-}
+INVERSIONS = get_args(Inversion)
+T = TypeVar("T")
+DEPTHS = (6, 12, 24, 36, 48)  # of the plot
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -60,23 +61,33 @@ def build_parser() -> argparse.ArgumentParser:
             "--model", required=True, help="timm name, torchvision:..., transformers:..., module:function"
         )
         command.add_argument("--input", required=True, help="shape of the input tensor, batch first: 16x3x224x224")
-        command.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the branches (autocast)")
+        command.add_argument(
+            "--precision", choices=planner.PRECISIONS, default="fp32", help="of the branches (autocast)"
+        )
+        command.add_argument("--start", default="7/8,1/8", help="alpha,beta at the first step")
+        command.add_argument("--end", help="alpha,beta at the end of the path; as --start if left out")
+        command.add_argument("--path", choices=get_args(schedule.Path), default="together", help="from start to end")
 
     plan.add_argument("--budget", default="24GiB", help="memory of the device, e.g. 24GiB or 80GB")
-    plan.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    plan.add_argument("--beta", default="1/8", help="of dr2net, with alpha = 1 - beta; smaller needs more bits")
+    plan.add_argument("--optimizer", choices=planner.OPTIMIZERS, default="adamw")
     plan.add_argument("--inversion", choices=INVERSIONS, default="exact", help="of reversible and dr2net")
+    plan.add_argument("--chunk-mib", type=float, default=256, help="of the rows in chunks; 0: no such rows")
+    plan.add_argument(
+        "--recompute-rest",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="in the rows in chunks, checkpoint what stands outside the reversible sequences",
+    )
     plan.add_argument(
         "--grow",
         default="0",
-        help="dimension that grows until the budget is full, 0: the batch; 2:32 is the third by 32s",
+        help="dimensions that grow until the budget is full, 0: the batch; 2:32 is the third by 32s; 3,4:32 are two",
     )
     plan.add_argument("--live", type=int, default=0, metavar="N", help="also list the N largest tensors at each peak")
+    plan.add_argument("--plot", metavar="FILE", help="picture: peak against what grows, and against depth")
+    plan.add_argument("--calibrate", action="store_true", help="train two steps on the GPU, compare its allocator")
     plan.set_defaults(run=_plan)
 
-    check.add_argument("--start", default="7/8,1/8", help="alpha,beta at the first step")
-    check.add_argument("--end", default="7/8,1/8", help="alpha,beta at the end of the path")
-    check.add_argument("--path", choices=get_args(schedule.Path), default="together", help="from start to end")
     check.add_argument("--pretrained", action="store_true", help="load the weights that timm or torchvision name")
     check.add_argument("--seed", type=int, default=0)
     check.set_defaults(run=_check)
@@ -85,60 +96,125 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> None:
     shape, budget = parse_shape(options.input), parse_bytes(options.budget)
-    dimension, multiple = _parse_grow(options.grow, shape)
-    beta = _fraction(options.beta, "--beta")
-    build = find_model(options.model)
-    rows = []
-    for method in METHODS:
-        predict_at = _planner(build, options, beta, method)
-        memory = predict_at(shape)
-
-        def peak(n: int, predict_at: Callable[[tuple[int, ...]], Memory] = predict_at) -> int:
-            return predict_at((*shape[:dimension], n * multiple, *shape[dimension + 1 :])).peak
-
-        sizes = (memory.peak, memory.parameters, memory.gradients, memory.optimizer, memory.activations)
-        fits = "yes" if memory.peak <= budget else "no"
-        rows.append((method, *map(format_bytes, sizes), fits, str(multiple * largest(peak, budget))))
+    grown = _parse_grow(options.grow, shape)
+    if not 0 <= options.chunk_mib < math.inf:
+        raise ValueError(f"--chunk-mib {options.chunk_mib:g} is no size; write a number of MiB, or 0 for no chunks")
+    if options.calibrate and not torch.cuda.is_available():
+        raise ValueError("--calibrate trains on a GPU, and torch sees none here; leave it out to predict only")
+    setting = Setting(
+        options.precision, options.optimizer, options.inversion, (0, 1), options.chunk_mib, options.recompute_rest
+    )
+    phases = planner.phases(_schedule(options), setting)
+    model = find_model(options.model)().train()
+    rows, moving, curves, omitted, calibrated = [], [], {}, {}, []
+    for method in planner.METHODS[: None if options.chunk_mib else -2]:
+        settings = [replace(setting, coefficients=phase.coefficients) for phase in phases]
+        if not method.startswith("dr2net"):
+            settings = settings[:1]
+        try:
+            predictors = [_explained(planner.predictor(model, method, s), options.model) for s in settings]
+        except (ValueError, ImportError) as error:
+            omitted.setdefault(str(error).splitlines()[0].rstrip(":"), []).append(method)
+            continue
+        memories = [predict_at(shape) for predict_at in predictors]
+        worst = max(range(len(memories)), key=lambda k: memories[k].peak)  # the first of equals
+        memory, predict_at = memories[worst], predictors[worst]
+        if len(memories) > 1:
+            moving.append((method, memories))
+        most = largest(lambda n, predict_at=predict_at: predict_at(_grow(shape, grown, n)).peak, budget)
+        curves[method] = predict_at, most
+        sizes = (memory.peak, memory.parameters, memory.gradients, memory.optimizer, memory.stored, memory.temporaries)
+        rows.append((method, *map(format_bytes, sizes), "yes" if memory.peak <= budget else "no", str(most * grown[1])))
         if options.live:
             print(f"{method}, largest at the peak", *memory.live[: options.live], "", sep="\n")
-    what = "batch" if dimension == 0 else f"size of dimension {dimension}"
-    print(f"{options.model}, input {options.input}, {options.precision}, {options.optimizer}, beta {options.beta}")
-    split = ("peak", "parameters", "gradients", "optimizer", "activations")
-    print_table(("method", *split, f"fits {options.budget}", f"largest {what}"), rows)
+        if options.calibrate:
+            calibrated.append(_calibrated(model, method, settings[worst], shape, options.model))
+    print(f"{options.model}, input {options.input}, {options.precision}, {options.optimizer}, {options.inversion}")
+    split = ("peak", "parameters", "gradients", "optimizer", "stored", "temporaries")
+    print_table(("method", *split, f"fits {options.budget}", f"largest {_axis(grown[0])}"), rows)
+    for reason, methods in omitted.items():
+        print(f"omitted: {', '.join(methods)} ({reason})")
+    if moving:
+        _print_phases(phases, moving)
+    if calibrated:
+        print()
+        print_table(("method", "predicted", "allocator", "allocator / predicted"), calibrated)
+    if options.plot:
+        _plot(options, model, shape, grown, curves, settings[0])
 
 
-def _planner(
-    build: Callable[[], nn.Module], options: argparse.Namespace, beta: Fraction, method: str
-) -> Callable[[tuple[int, ...]], Memory]:
-    """The model made ready for `method`, as a function: input shape -> predicted memory of a training step."""
-    model = build().train()
-    if method == "checkpointed":
-        dr2net.checkpoint_blocks(model)
-    elif method in ("reversible", "dr2net"):
-        dr2net.convert(model, inversion=options.inversion)
-        dr2net.set_coefficients(model, *((0, 1) if method == "reversible" else (float(1 - beta), beta)))
-    optimizer = OPTIMIZERS[options.optimizer](model.parameters())
+def _print_phases(phases: Sequence[planner.Phase], moving: Sequence[tuple[str, list[Memory]]]) -> None:
+    print("\npeak along the schedule (above: the largest)")
+    rows = []
+    for index, phase in enumerate(phases):
+        alpha, beta = phase.coefficients
+        peaks = [format_bytes(memories[index].peak) for _, memories in moving]
+        rows.append((f"{phase.progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", phase.kept, *peaks))
+    print_table(("from", "alpha", "beta", "kept per branch", *(method for method, _ in moving)), rows)
 
-    @functools.cache
-    def predict_at(shape: tuple[int, ...]) -> Memory:
-        def step() -> None:
-            loss_of(model, torch.randn(shape), options.precision).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        with _explained(options.model, shape), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `check`
-            return predict(step, model, optimizer)
+def _calibrated(model: nn.Module, method: str, setting: Setting, shape: Shape, name: str) -> tuple[str, ...]:
+    try:
+        predicted, measured = planner.calibrate(model, method, setting, shape, "cuda")
+    except torch.cuda.OutOfMemoryError:
+        return method, "-", "out of memory", "-"
+    except RuntimeError as error:
+        raise ValueError(f"{name} does not train on this GPU: {str(error).splitlines()[0]}") from error
+    sizes = predicted.peak, measured.device
+    return method, *map(format_bytes, sizes), f"{measured.device / predicted.peak:.3f}"
 
-    return predict_at
+
+def _plot(
+    options: argparse.Namespace,
+    model: nn.Module,
+    shape: Shape,
+    grown: tuple[tuple[int, ...], int],
+    curves: dict[str, tuple[Callable[[Shape], Memory], int]],
+    setting: Setting,
+) -> None:
+    dimensions, multiple = grown
+    most = max(4, *(most for _, most in curves.values())) * 5 // 4
+    counts = sorted({max(1, round(most * part / 8)) for part in (0.25, 0.5, 1, 2, 3, 4, 6, 8)})
+    panels = [
+        (
+            _axis(dimensions),
+            {
+                method: [(n * multiple, predict_at(_grow(shape, grown, n)).peak) for n in counts]
+                for method, (predict_at, _) in curves.items()
+            },
+        )
+    ]
+    build = find_by_depth(options.model)
+    if build is None:
+        print(f"{options.model} takes no depth: no second panel")
+    else:
+        depths: dict[str, list[tuple[float, float]]] = {method: [] for method in curves}
+        for depth in DEPTHS:
+            deep = build(depth).train()
+            for method, curve in depths.items():
+                curve.append((depth, _explained(planner.predictor(deep, method, setting), options.model)(shape).peak))
+        panels.append((f"blocks, input {options.input}", depths))
+    try:
+        planner.draw(FilePath(options.plot), panels, f"{options.model}, {options.precision}, {options.optimizer}")
+    except (OSError, ImportError) as error:
+        raise ValueError(f"--plot {options.plot}: {error}") from error
+    print(options.plot)
+
+
+def _axis(dimensions: tuple[int, ...]) -> str:
+    return "batch" if dimensions == (0,) else f"size of dimension {' and '.join(map(str, dimensions))}"
+
+
+def _grow(shape: Shape, grown: tuple[tuple[int, ...], int], n: int) -> Shape:
+    dimensions, multiple = grown
+    return tuple(n * multiple if index in dimensions else size for index, size in enumerate(shape))
 
 
 def _check(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     shape = parse_shape(options.input)
-    start, end = _parse_pair(options.start, "--start"), _parse_pair(options.end, "--end")
-    coefficients = schedule.Schedule(start=start, end=end, until=1.0, path=options.path)
-    progresses = (0.0, 0.25, 0.5, 0.75, 1.0) if start != end else (0.0,)
+    coefficients = _schedule(options)
+    progresses = (0.0, 0.25, 0.5, 0.75, 1.0) if coefficients.start != coefficients.end else (0.0,)
     batch = torch.randn(shape)
     model = find_model(options.model, pretrained=options.pretrained)()
     columns: dict[str, list[str]] = {}
@@ -146,10 +222,11 @@ def _check(options: argparse.Namespace) -> None:
         report = dr2net.convert(model, inversion=inversion)
         for progress in progresses:
             coefficients.apply(model, progress)
-            with _explained(options.model, shape), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
                 loss = functools.partial(loss_of, precision=options.precision)
-                columns.setdefault(inversion, []).append(_error_of(model, batch, loss))
+                error = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
+                columns.setdefault(inversion, []).append(error)
         dr2net.deconvert(model)
     print(f"{options.model}, input {options.input}, branches in {options.precision}")
     print(report)
@@ -171,85 +248,17 @@ def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor
         return "not finite"
 
 
-def find_model(name: str, *, pretrained: bool = False) -> Callable[[], nn.Module]:
-    """A function that builds the named model; see the top of this file for names. Raises ValueError for an unknown one.
-
-    pretrained: for timm and torchvision, load the weights of that name (from the cache or the hub).
-    """
-    source, colon, rest = name.partition(":")
-    if not colon:
-        timm = _import("timm", "a model without a colon is a timm name")
-        if name not in timm.list_models():
-            close = ", ".join(timm.list_models(f"*{name[:8]}*")[:5]) or "see timm.list_models()"
-            raise ValueError(f"timm has no model {name!r}; similar: {close}")
-        return functools.partial(timm.create_model, name, pretrained=pretrained)
-    if source == "torchvision":
-        models = _import("torchvision", "the model is torchvision's").models
-        if rest not in models.list_models():
-            raise ValueError(f"torchvision has no model {rest!r}; see torchvision.models.list_models()")
-        return functools.partial(models.get_model, rest, weights="DEFAULT" if pretrained else None)
-    if pretrained:
-        raise ValueError(f"--pretrained works for timm and torchvision, not for {name!r}: load them in your function")
-    if source == "transformers":
-        return _transformers_model(rest)
-    try:
-        function = getattr(importlib.import_module(source), rest)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {rest!r} from {source!r}: {error}") from error
-
-    def build() -> nn.Module:
-        model = function()
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module")
-        return model
-
-    return build
-
-
-def _transformers_model(name: str) -> Callable[[], nn.Module]:
-    transformers = _import("transformers", "the model is transformers'")
-    config_class = getattr(transformers, name, None)
-    try:
-        config = (
-            config_class() if config_class else transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-        )
-    except (OSError, TypeError) as error:
-        raise ValueError(f"{name!r} is neither a config class of transformers nor a local model folder") from error
-    return functools.partial(transformers.AutoModel.from_config, config)
-
-
-def _import(package: str, why: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{package} is not installed ({why}): pip install 'dr2net[backbones]'") from error
-
-
-def loss_of(model: nn.Module, batch: Tensor, precision: str) -> Tensor:
-    """A scalar on which all the model's floating-point outputs depend; branches run under autocast in bf16."""
-    with torch.autocast(batch.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        output = model(batch)
-    values = [value.float().square().mean() for value in _tensors(output) if value.is_floating_point()]
-    if not values:
-        raise ValueError(f"the model returned no floating-point tensor but a {type(output).__name__}")
-    return torch.stack(values).sum()
-
-
-def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-@contextlib.contextmanager
-def _explained(name: str, shape: tuple[int, ...]) -> Iterator[None]:
+def _explained(function: Callable[[Shape], T], name: str) -> Callable[[Shape], T]:
     """Turns torch's complaint about a shape that does not suit the model into a ValueError that names both."""
-    try:
-        yield
-    except (RuntimeError, AssertionError, IndexError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} does not run on an input of {'x'.join(map(str, shape))}: {reason}") from error
+
+    def call(shape: Shape) -> T:
+        try:
+            return function(shape)
+        except (RuntimeError, AssertionError, IndexError, TypeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name} does not run on an input of {'x'.join(map(str, shape))}: {reason}") from error
+
+    return call
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -273,14 +282,17 @@ def parse_bytes(text: str) -> int:
     return int(size * UNITS[unit])
 
 
+def _schedule(options: argparse.Namespace) -> schedule.Schedule:
+    start = _parse_pair(options.start, "--start")
+    end = start if options.end is None else _parse_pair(options.end, "--end")
+    return schedule.Schedule(start=start, end=end, until=1.0, path=options.path)
+
+
 def _fraction(text: str, flag: str) -> Fraction:
     try:
-        value = Fraction(text)
+        return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{flag} {text!r} is not a number; write 1/64 or 0.1") from error
-    if flag == "--beta" and not 0 <= value <= 1:
-        raise ValueError(f"{flag} {text} is outside 0 <= beta <= 1")
-    return value
 
 
 def _parse_pair(text: str, flag: str) -> tuple[float, float]:
@@ -291,14 +303,18 @@ def _parse_pair(text: str, flag: str) -> tuple[float, float]:
     return alpha, beta
 
 
-def _parse_grow(text: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    dimension, _, multiple = text.partition(":")
-    numbers = (dimension, multiple or "1")
-    if not all(number.isascii() and number.isdigit() for number in numbers) or int(numbers[1]) == 0:
-        raise ValueError(f"--grow {text!r} is not a dimension; write 0 for the batch, or 2:32 for the third by 32s")
-    if int(dimension) >= len(shape):
+def _parse_grow(text: str, shape: Shape) -> tuple[tuple[int, ...], int]:
+    """`3,4:32` -> ((3, 4), 32)."""
+    listed, _, multiple = text.partition(":")
+    numbers = [*listed.split(","), multiple or "1"]
+    if not all(number.isascii() and number.isdigit() for number in numbers) or int(numbers[-1]) == 0:
+        raise ValueError(
+            f"--grow {text!r} is not a dimension; write 0 for the batch, 2:32 for the third by 32s, 3,4:32 for two"
+        )
+    dimensions = tuple(sorted({int(number) for number in numbers[:-1]}))
+    if dimensions[-1] >= len(shape):
         raise ValueError(f"--grow {text!r}: the input has only the dimensions 0 to {len(shape) - 1}")
-    return int(numbers[0]), int(numbers[1])
+    return dimensions, int(numbers[-1])
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

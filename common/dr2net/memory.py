@@ -201,9 +201,9 @@ def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
 
     Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
-    torch's "meta" device. With an optimizer, a step that leaves gradients behind runs twice, and the second,
-    which finds them, counts. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`, `if loss > 1:`) cannot be
-    predicted and raises. Seconds for most models; branches in chunks take no longer for having many.
+    torch's "meta" device. With an optimizer, a step that leaves gradients behind runs twice, and the second, which
+    finds them, counts. Let `step` make its batch, then that is fake as well. A step that reads values (`.item()`,
+    `if loss > 1:`) cannot be predicted and raises. Takes seconds; a branch in many chunks no longer than one in three.
     """
     _device_of(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer):

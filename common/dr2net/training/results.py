@@ -31,7 +31,10 @@ import torch
 Status = Literal["reproduced", "partial", "tiny", "not run"]
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "transformers", "accelerate", "safetensors")
 SHARED = ("row", "task", "method", "preset")  # facts that all runs of a row have in common
-PRESENTATION = ("dr2net/cli.py", "dr2net/training/log.py", "dr2net/training/tables.py")  # change no number
+PRESENTATION = (  # change no number of a run
+    *("dr2net/cli.py", "dr2net/model_names.py", "dr2net/planner.py"),
+    *("dr2net/training/log.py", "dr2net/training/tables.py"),
+)
 CHANGES = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)results")  # Records are no change of code
 # Fields of `run` that change neither numbers nor measurements.
 INCIDENTAL = ("output", "num_workers", "save_every_steps", "log_every_steps", "resume")

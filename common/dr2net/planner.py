@@ -1,0 +1,232 @@
+"""The peak memory of a training step for each way to finetune, side by side; tables and pictures are made of it.
+
+    peak = predictor(model, "dr2net, chunks", Setting())      # peak((1, 3, 900, 224, 224)).peak, without a GPU
+    draw(path, [("frames", {"conventional": [(32, 2.1e9), (64, 4.2e9)], ...})])
+
+    conventional         the model as it is
+    checkpointed         torch.utils.checkpoint around each block
+    lora                 rank 8 beside the linear layers of the blocks, all else frozen (peft)
+    reversible, dr2net   converted; coefficients (0, 1), and those of the setting
+    ..., chunks          the same with `chunk_mib` and `recompute_rest` (common/README.md, "Memory floor")
+
+Nothing is computed but by `calibrate`. Not here: how bytes are counted (`memory.py`), the command line (`cli.py`).
+"""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import dr2net
+from dr2net import exact
+from dr2net.branches import find_branches
+from dr2net.error_law import anchor_spacing
+from dr2net.memory import Memory, measure, predict
+from dr2net.reversible import Inversion
+
+METHODS = ("conventional", "checkpointed", "lora", "reversible", "dr2net", "reversible, chunks", "dr2net, chunks")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+}
+LORA_RANK = 8
+BUDGETS_GB = (24, 48, 80)  # memory of common cards, 10^9 bytes
+STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; shapes for print
+    "conventional": ("#000000", "o-"),
+    "checkpointed": ("#E69F00", "^-"),
+    "lora": ("#CC79A7", "v-"),
+    "reversible": ("#D55E00", "D--"),
+    "dr2net": ("#009E73", "s--"),
+    "reversible, chunks": ("#D55E00", "D-"),
+    "dr2net, chunks": ("#009E73", "s-"),
+}
+
+Shape = tuple[int, ...]
+Curve = Sequence[tuple[float, float]]  # (size, bytes)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share, and what the converted ones need."""
+
+    precision: str = "fp32"  # of the branches (autocast)
+    optimizer: str = "adamw"
+    inversion: Inversion = "exact"
+    coefficients: tuple[float, float] = (7 / 8, 1 / 8)  # alpha, beta of dr2net
+    chunk_mib: float = 256
+    recompute_rest: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a schedule over which the memory does not change."""
+
+    progress: float  # where it begins
+    coefficients: tuple[float, float]
+    kept: str  # what the inversion keeps for each branch
+
+
+def apply(model: nn.Module, method: str, setting: Setting) -> None:
+    """Make the model ready for one of METHODS, in place.
+
+    ValueError if it has no block to convert or checkpoint; ImportError naming the extra without peft.
+    """
+    if method == "checkpointed":
+        dr2net.checkpoint_blocks(model)
+    elif method == "lora":
+        _add_lora(model)
+    elif method != "conventional":
+        chunked = method.endswith(", chunks")
+        dr2net.convert(
+            model,
+            inversion=setting.inversion,
+            chunk_mib=setting.chunk_mib if chunked else None,
+            recompute_rest=setting.recompute_rest and chunked,
+        )
+        dr2net.set_coefficients(model, *(setting.coefficients if method.startswith("dr2net") else (0, 1)))
+
+
+def _add_lora(model: nn.Module) -> None:
+    """Modules that read the weight of a linear layer instead of calling it (torchvision's window attention) pass by
+    what stands beside it: there it costs its parameters and nothing else.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("peft is not installed: pip install 'dr2net[lora]'") from error
+
+    inside = {
+        m for b in model.modules() for branch in find_branches(b)[0] for part in branch.modules for m in part.modules()
+    }
+    names = [name for name, module in model.named_modules() if module in inside and type(module) is nn.Linear]
+    if not names:
+        raise ValueError(f"no linear layer in a known block of {type(model).__name__}")
+    inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=names), model)  # freezes all other parameters
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, precision: str, device: str
+) -> Callable[[], None]:
+    """Forward, backward and optimizer step on one random tensor of `shape`."""
+
+    def step() -> None:
+        loss_of(model, torch.randn(shape, device=device), precision).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def predictor(model: nn.Module, method: str, setting: Setting) -> Callable[[Shape], Memory]:
+    """A function of the input's shape: the predicted Memory of a training step. Errors as `apply`.
+
+    model: unconverted, in training mode; it is copied. It may live on the "meta" device.
+    """
+    model = copy.deepcopy(model)
+    apply(model, method, setting)
+    optimizer = _build_optimizer(model, setting)
+
+    @functools.cache
+    def predict_at(shape: Shape) -> Memory:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `dr2net check`
+            return predict(training_step(model, optimizer, shape, setting.precision, "cpu"), model, optimizer)
+
+    return predict_at
+
+
+def calibrate(model: nn.Module, method: str, setting: Setting, shape: Shape, device: str) -> tuple[Memory, Memory]:
+    """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`."""
+    predicted = predictor(model, method, setting)(shape)
+    model = copy.deepcopy(model)
+    apply(model, method, setting)
+    model.to(device)
+    optimizer = _build_optimizer(model, setting)
+    step = training_step(model, optimizer, shape, setting.precision, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step()  # the first loads kernels, and makes the optimizer's state
+        return predicted, measure(step, model, optimizer)
+
+
+def _build_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    return OPTIMIZERS[setting.optimizer]([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def loss_of(model: nn.Module, batch: Tensor, precision: str) -> Tensor:
+    """A scalar on which all the model's floating-point outputs depend; branches run under autocast in bf16."""
+    with torch.autocast(batch.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        output = model(batch)
+    values = [value.float().square().mean() for value in _tensors(output) if value.is_floating_point()]
+    if not values:
+        raise ValueError(f"the model returned no floating-point tensor but a {type(output).__name__}")
+    return torch.stack(values).sum()
+
+
+def _tensors(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def phases(schedule: dr2net.Schedule, setting: Setting, samples: int = 200) -> list[Phase]:
+    """The schedule's stretches of equal memory, found at `samples` + 1 points of the progress; one of each kind."""
+    found: dict[tuple[bool, str], Phase] = {}
+    for index in range(samples + 1):
+        alpha, beta = schedule.at(index / samples)
+        kept = _kept(alpha, beta, setting)
+        found.setdefault((alpha == 0, kept), Phase(index / samples, (alpha, beta), kept))
+    return list(found.values())
+
+
+def _kept(alpha: float, beta: float, setting: Setting) -> str:
+    """What is kept besides the last two streams. ValueError for a beta that exact inversion cannot do."""
+    rational = exact.rational(beta) if setting.inversion == "exact" else beta
+    if rational == 0:
+        return "its input"
+    if setting.inversion == "exact":
+        bits = exact.remainder_bits(rational)
+        return "nothing" if bits == 0 else f"{bits} bit{'s' * (bits > 1)}"
+    spacing = None
+    if setting.inversion == "anchored":
+        spacing = anchor_spacing(alpha, beta, PRECISIONS[setting.precision])
+    return f"2 streams / {spacing}" if spacing else "nothing"
+
+
+def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: str = "") -> None:
+    """Peak against a size, one panel each (its x label, its curve per method), with lines at BUDGETS_GB.
+
+    ImportError naming the extra without matplotlib, ValueError for a kind of file that it cannot write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'dr2net[training]'") from error
+
+    figure = Figure(figsize=(2.2 + 4.8 * len(panels), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    budgets = [gb * 10**9 / 2**30 for gb in BUDGETS_GB]
+    for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        top = max(num_bytes for curve in curves.values() for _, num_bytes in curve) / 2**30
+        shown = [budget for budget in budgets if budget <= 1.1 * max(top, budgets[0])]
+        top = min(1.08 * max(top, *shown), 1.25 * budgets[-1])  # what leaves the picture fits on no card
+        right = max(size for curve in curves.values() for size, _ in curve)
+        for gb, budget in zip(BUDGETS_GB, shown, strict=False):
+            axes.axhline(budget, color="#888888", linewidth=0.8, linestyle=":")
+            label_at = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(f"{gb} GB", (1, budget), (2, 0), **label_at, va="center", fontsize=8, color="#666666")
+        for method, curve in curves.items():
+            color, style = STYLES[method]
+            sizes, peaks = zip(*((size, num_bytes / 2**30) for size, num_bytes in curve), strict=True)
+            axes.plot(sizes, peaks, style, color=color, markersize=4, linewidth=1.5, label=method)
+        axes.set(xlabel=label, ylabel="peak of a training step, GiB", ylim=(0, top), xlim=(0, 1.03 * right))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper")
+    figure.savefig(path, dpi=150)
