@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from action_detection.annotations import LABELS
 from dr2net.training.jobs import run_jobs, write_json
 from dr2net.training.motion import MOTIONS, Track, draw_track, halve_again, place_object, smooth_curve
 from dr2net.training.sprites import Group, draw_background, draw_object, objects_of
@@ -122,6 +123,7 @@ def write_dataset(
     write_json(root / STAMP, stamp)
     jobs = [(composition, *video, path) for video, path in zip(composition.videos(), paths, strict=True)]
     entries = run_jobs(_write_one, jobs, workers=workers, on_done=on_video, chunk=2)
+    (root / LABELS).write_text("".join(f"{motion}\n" for motion in MOTIONS))
     write_json(
         root / ANNOTATIONS,
         {
