@@ -49,8 +49,10 @@ from dr2net.training.optimization import (
     build_optimizer,
     learning_rate,
     optimizer_tensors,
+    refuse_in_backward,
     restore_optimizer,
     set_learning_rate,
+    step_in_backward,
 )
 
 __all__ = ["apply_method", "fit", "load_trained", "set_seed"]
@@ -104,6 +106,8 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
         return finished
 
     accumulation = accumulation_steps(recipe.global_batch, run.micro_batch, world)
+    if recipe.in_backward:
+        refuse_in_backward(recipe, accumulation, world)
     steps_per_epoch = count_steps(loaders, recipe.global_batch, run.micro_batch)
     total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
     last_step = min(total_steps, run.max_steps or total_steps)
@@ -137,12 +141,13 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
                 numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
                 values = dict(zip(losses, numbers, strict=True))
                 refuse_non_finite(values, state["step"] + 1, batch, saved)
-                accelerator.backward(sum(losses.values()) / accumulation)
+                with step_in_backward(optimizer) if recipe.in_backward else nullcontext():
+                    accelerator.backward(sum(losses.values()) / accumulation)
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / accumulation
         if recipe.clip_norm:
             accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        prepared.step()
+        prepared.step()  # finds no gradient where backward has made the steps
         prepared.zero_grad(set_to_none=True)
         return means
 

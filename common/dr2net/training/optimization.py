@@ -1,4 +1,5 @@
-"""The recipe as functions: learning rate of progress, parameter groups, averaged weights. No state but the averages.
+"""The recipe as functions: learning rate of progress, parameter groups, optimizer in backward, averaged weights. No
+state but the averages.
 
     learning rate(p) = base * p / w                                        p < w, warm-up
                      = min + (base - min) (1 + cos(pi (p - w) / (1 - w))) / 2   after it
@@ -7,6 +8,8 @@ with progress p in [0, 1] and w the warm-up's share of the training.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +58,49 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give each group `rate` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+def refuse_in_backward(recipe: Optimization, accumulation: int, world: int) -> None:
+    """ValueError where a step needs all gradients before it changes the first parameter."""
+    obstacles = {
+        f"optimization.clip_norm {recipe.clip_norm:g} needs the norm of all gradients": recipe.clip_norm > 0,
+        "optimization.precision fp16 looks for overflows in all gradients": recipe.precision == "fp16",
+        f"{accumulation} accumulated forward passes add up their gradients": accumulation > 1,
+        f"{world} processes average their gradients": world > 1,
+    }
+    found = [reason for reason, present in obstacles.items() if present]
+    if found:
+        raise ValueError(f"optimization.in_backward cannot be on: {'; '.join(found)}. Turn one of them off")
+
+
+@contextmanager
+def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A backward in here steps each parameter when its gradient is complete and frees that gradient: they are never all
+    alive at once, and nothing is left to do for `optimizer.step()`. Numbers and state are those of the ordinary step.
+
+    The gradient of a parameter is complete when all that reads the parameter has been differentiated, so the step comes
+    too late to disturb anything. A backward that fails leaves some parameters stepped.
+    """
+    groups = optimizer.param_groups
+
+    def step(parameter: Tensor, group: dict) -> None:
+        optimizer.param_groups = [{**group, "params": [parameter]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda p, group=group: step(p, group))
+        for group in groups
+        for parameter in group["params"]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
