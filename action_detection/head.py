@@ -79,6 +79,7 @@ class ActionFormerHead(nn.Module):
         self.regression = Tower(width, 2)
         self.scale = nn.Parameter(torch.ones(num_levels))  # of the distances, per level
         nn.init.constant_(self.classification.last.bias, -math.log(99))  # every class starts at probability 0.01
+        nn.init.ones_(self.regression.last.bias)  # a distance that starts below zero would get no gradient, and stay
 
     def forward(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x = features * mask[:, None]
@@ -281,9 +282,9 @@ def assign_points(
     return classes, torch.where(positive[:, None], distances, 1.0), positive
 
 
-def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """-a_t (1 - p_t)^2 log p_t per element, a = 1/4 (Lin et al., 2017); targets in [0, 1], smoothed ones as well."""
-    return sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0)
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25) -> Tensor:
+    """-alpha_t (1 - p_t)^2 log p_t per element (Lin et al., 2017); targets in [0, 1], smoothed ones as well."""
+    return sigmoid_focal_loss(logits, targets, alpha=alpha, gamma=2.0)
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:

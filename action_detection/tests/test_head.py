@@ -1,0 +1,293 @@
+"""ActionFormer's head: attention, targets and losses against plain references; padding; what it finds once trained."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from action_detection.head import (
+    ActionFormerHead,
+    assign_points,
+    diou_loss,
+    focal_loss,
+    local_attention,
+    pyramid_points,
+    to_windows,
+)
+from dr2net.memory import predict
+
+ROUNDING = 1e-5  # relative and absolute: float32 sums in another order
+SETTINGS = SimpleNamespace(min_score=1e-3, max_candidates=100)
+
+
+def small_head(num_classes: int = 3, **options) -> ActionFormerHead:
+    torch.manual_seed(0)
+    return ActionFormerHead(8, num_classes, **{"width": 16, "num_levels": 3, "window": 5, **options})
+
+
+def windows(num_steps: int, real: list[int], segments: list[list], labels: list[list[int]]) -> dict:
+    """A batch without its video: one second per step, all windows from 0 to num_steps seconds."""
+    size = len(real)
+    return {
+        "mask": torch.arange(num_steps) < torch.tensor(real)[:, None],
+        "segments": [torch.tensor(s, dtype=torch.float32).reshape(-1, 2) for s in segments],
+        "labels": [torch.tensor(label, dtype=torch.long) for label in labels],
+        "name": [f"video{i}" for i in range(size)],
+        "window": torch.arange(size),
+        "start": torch.zeros(size),
+        "seconds_per_step": torch.ones(size),
+        "duration": torch.full((size,), float(num_steps)),
+    }
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = (value.numel() for value in tree_leaves(result) if isinstance(value, Tensor))
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_steps=st.integers(1, 40), window=st.sampled_from([0, 1, 3, 5, 9, 19]), data=st.data())
+def test_local_attention_is_dense_attention_with_a_banded_mask(num_steps, window, data):
+    real = torch.tensor([num_steps, data.draw(st.integers(0, num_steps))])
+    mask = torch.arange(num_steps) < real[:, None]
+    torch.manual_seed(num_steps)
+    query, key, value = torch.randn(3, 2, 2, num_steps, 4)
+    steps = torch.arange(num_steps)
+    near = (steps[:, None] - steps).abs() <= (window // 2 if window else num_steps)
+    score = (query @ key.transpose(2, 3) / 2).masked_fill(~(near & mask[:, None, None, :]), -1e9)
+    expected = score.softmax(dim=3) @ value
+    found = local_attention(query, key, value, mask, window)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[mask[:, None].expand(-1, 2, -1)], expected[mask[:, None].expand(-1, 2, -1)])
+
+
+def test_local_attention_never_holds_a_map_of_all_pairs():
+    num_steps, mask = 512, torch.ones(1, 512, dtype=torch.bool)
+    query, key, value = torch.randn(3, 1, 1, num_steps, 4)
+    with LargestTensor() as largest:
+        local_attention(query, key, value, mask, 9)
+    assert largest.elements < num_steps * num_steps / 8
+
+
+def test_points_stand_where_the_strided_convolutions_look_and_share_the_distances():
+    points = pyramid_points([3, 2, 1], torch.device("cpu"))
+    inf = torch.inf
+    expected = [[0.5, 0, 4, 1], [1.5, 0, 4, 1], [2.5, 0, 4, 1], [0.5, 4, 8, 2], [2.5, 4, 8, 2], [0.5, 8, inf, 4]]
+    torch.testing.assert_close(points, torch.tensor(expected))
+
+
+def test_assignment_by_hand():
+    points = pyramid_points([16, 8], torch.device("cpu"))
+    segments = torch.tensor([[1.0, 4.0], [6.0, 16.0], [10.0, 12.0]])  # short; long, ending with the window; inside it
+    classes, distances, positive = assign_points(points, segments, torch.tensor([0, 1, 2]), 3, radius=1.5)
+    # Level 0: nearer than 1.5 to the centres 2.5 and 11, no boundary 4 or more away.
+    assert positive[:16].nonzero().flatten().tolist() == [1, 2, 3, 10, 11]
+    assert classes[2].tolist() == [1, 0, 0] and classes[10].tolist() == [0, 0, 1]
+    torch.testing.assert_close(distances[10], torch.tensor([0.5, 1.5]))
+    # Level 1: points at 2 j + 0.5 nearer than 3 to the centre 11 of the long one; the others are too short for it.
+    assert positive[16:].nonzero().flatten().tolist() == [4, 5, 6]
+    assert classes[16:][5].tolist() == [0, 1, 0]
+    torch.testing.assert_close(distances[16:][5], torch.tensor([4.5, 5.5]) / 2)
+    assert not classes[~positive].any()
+
+
+def test_a_point_within_several_actions_takes_the_shortest_and_all_classes_of_equals():
+    points = torch.tensor([[10.5, 0.0, torch.inf, 4.0]])
+    segments = torch.tensor([[5.0, 16.0], [8.0, 12.0], [9.0, 13.0]])
+    for order in ([0, 1, 2], [1, 2, 0]):
+        classes, distances, _ = assign_points(points, segments[order], torch.tensor([0, 1, 2])[order], 3, radius=1.5)
+        assert classes.tolist() == [[0, 1, 1]]
+        torch.testing.assert_close(distances, torch.tensor([[2.5, 1.5]]) / 4)
+
+
+def test_the_boundary_of_a_range_belongs_to_the_next_level_only():
+    points = pyramid_points([16, 8], torch.device("cpu"))
+    segments = torch.tensor([[4.5, 12.5]])  # seen from step 8.5, both boundaries are exactly 4 away
+    _, _, positive = assign_points(points, segments, torch.tensor([0]), 1, radius=0.5)
+    assert positive.nonzero().flatten().tolist() == [16 + 4]
+
+
+def test_diou_is_that_of_whole_segments_in_float64():
+    torch.manual_seed(0)
+    predicted, target = 5 * torch.rand(2, 1000, 2)
+
+    def reference(a: Tensor, b: Tensor) -> Tensor:  # distances from the point 0 -> segments
+        a, b = ((torch.stack([-d[:, 0], d[:, 1]], dim=1)).double() for d in (a, b))
+        inside = (torch.minimum(a[:, 1], b[:, 1]) - torch.maximum(a[:, 0], b[:, 0])).clamp(min=0)
+        union = (a[:, 1] - a[:, 0]) + (b[:, 1] - b[:, 0]) - inside
+        hull = torch.maximum(a[:, 1], b[:, 1]) - torch.minimum(a[:, 0], b[:, 0])
+        return 1 - inside / union + ((a.mean(dim=1) - b.mean(dim=1)) / hull) ** 2
+
+    expected = reference(predicted, target).float()
+    torch.testing.assert_close(diou_loss(predicted, target), expected, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_diou_and_its_gradient_are_finite_without_length():
+    predicted = torch.zeros(2, 2, requires_grad=True)
+    loss = diou_loss(predicted, torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and predicted.grad.isfinite().all()
+
+
+def test_focal_loss_is_its_formula_in_float64():
+    torch.manual_seed(0)
+    logits, target = 3 * torch.randn(50, 4), torch.randint(2, (50, 4)).float()
+    p = logits.double().sigmoid()
+    right = torch.where(target > 0, p, 1 - p)
+    expected = -torch.where(target > 0, 0.25, 0.75) * (1 - right) ** 2 * right.log()
+    torch.testing.assert_close(focal_loss(logits, target), expected.float(), atol=ROUNDING, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("num_steps", [16, 13, 2, 1])
+def test_padding_and_what_stands_in_it_change_no_real_output(num_steps, window):
+    head = small_head(window=window, position_embedding=True)
+    for block in [*head.stem, *head.branch]:  # at the initial scale attention would hide behind the rounding
+        torch.nn.init.ones_(block.scale1)
+    x = torch.randn(1, 8, num_steps)
+    padded = torch.cat([x, 100 * torch.randn(1, 8, 19 - num_steps)], dim=2)
+    mask = torch.arange(19)[None] < num_steps
+    expected, found = head(x, mask[:, :num_steps]), head(padded, mask)
+    assert found["mask"].sum() == expected["mask"].numel()
+    for name in ("logits", "offsets"):
+        torch.testing.assert_close(found[name][found["mask"]], expected[name][0], atol=ROUNDING, rtol=ROUNDING)
+    torch.testing.assert_close(found["points"][found["mask"][0], 0], expected["points"][:, 0])
+
+
+def test_losses_do_not_depend_on_the_split_of_a_batch():
+    head = small_head()
+    x = torch.randn(3, 8, 20)
+    batch = windows(20, [20, 11, 20], [[[1, 4], [7, 18]], [[2, 9]], []], [[0, 2], [1], []])
+    whole = head.losses(head(x, batch["mask"]), batch)
+    parts = []
+    for i in range(3):
+        part = {name: value[i : i + 1] for name, value in batch.items()}
+        parts.append(head.losses(head(x[i : i + 1], part["mask"]), part))
+    for name, value in whole.items():
+        torch.testing.assert_close(value, torch.stack([p[name] for p in parts]).mean(), atol=ROUNDING, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "real", "segments"),
+    [(20, 20, []), (1, 1, [[0, 1]]), (20, 0, []), (20, 1, [[0, 1]]), (20, 20, [[3, 3]]), (20, 20, [[0, 20]])],
+)
+def test_windows_without_actions_without_steps_or_of_one_step_give_finite_losses_and_gradients(
+    num_steps, real, segments
+):
+    head = small_head()
+    batch = windows(num_steps, [real], [segments], [[1] * len(segments)])
+    sum(head.losses(head(torch.randn(1, 8, num_steps), batch["mask"]), batch).values()).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_every_parameter_gets_a_gradient():
+    head = small_head()
+    batch = windows(32, [32], [[[2, 5], [8, 14], [4, 30]]], [[0, 1, 2]])
+    sum(head.losses(head(torch.randn(1, 8, 32), batch["mask"]), batch).values()).backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_one_window_is_learnt_and_found():
+    torch.manual_seed(0)
+    head = ActionFormerHead(8, 3, width=32, num_levels=3, window=9, num_embed=1, num_stem=1)
+    x = torch.randn(2, 8, 32)
+    batch = windows(32, [32, 32], [[[2, 5.5], [12, 25]], [[6, 10]]], [[0, 2], [1]])
+    batch["start"], batch["seconds_per_step"] = torch.tensor([10.0, 0.0]), torch.tensor([0.5, 0.5])
+    optimizer = torch.optim.AdamW(head.parameters(), 5e-3)
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 80)
+        loss = sum(head.losses(head(x, batch["mask"]), batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    first, second = head.detect(head(x, batch["mask"]), batch, SETTINGS)
+    for found, label, expected in [(first, 0, [11.0, 12.75]), (first, 2, [16.0, 22.5]), (second, 1, [3.0, 5.0])]:
+        best = found.scores[found.labels == label].argmax()
+        assert found.scores[found.labels == label][best] > 0.8
+        torch.testing.assert_close(
+            found.segments[found.labels == label][best], torch.tensor(expected), atol=0.2, rtol=0
+        )
+
+
+def test_detection_cuts_to_the_video_drops_what_is_empty_or_weak_and_keeps_the_best():
+    batch = windows(10, [10], [[]], [[]])
+    batch["start"], batch["seconds_per_step"] = torch.tensor([4.0]), torch.tensor([2.0])
+    batch["duration"], batch["window"] = torch.tensor([20.0]), torch.tensor([7])
+    segments = torch.tensor([[[-5.0, 3.0], [1.0, 2.0], [9.0, 12.0], [4.0, 4.0], [2.0, 20.0]]])
+    scores = torch.tensor([[[0.9, 0.2], [0.05, 0.3], [0.9, 0.9], [0.8, 0.8], [0.5, 0.01]]])
+    (window,) = to_windows(segments, scores, batch, SimpleNamespace(min_score=0.1, max_candidates=3))
+    assert (window.name, window.window) == ("video0", 7)
+    assert window.segments.tolist() == [[0, 10], [8, 20], [6, 8]]  # the third lies behind the end, the fourth is empty
+    assert window.labels.tolist() == [0, 0, 1]
+    torch.testing.assert_close(window.scores, torch.tensor([0.9, 0.5, 0.3]))
+
+
+def test_a_window_without_candidates_is_an_empty_result():
+    head = small_head()
+    batch = windows(9, [0], [[]], [[]])
+    (window,) = head.detect(head(torch.randn(1, 8, 9), batch["mask"]), batch, SETTINGS)
+    assert window.segments.shape == (0, 2) and window.scores.shape == window.labels.shape == (0,)
+
+
+def test_one_class_reads_no_labels():
+    head = small_head(num_classes=1)
+    x = torch.randn(1, 8, 20)
+    a, b = (windows(20, [20], [[[2, 6]]], [[label]]) for label in (0, 150))
+    outputs = head(x, a["mask"])
+    assert outputs["logits"].shape[2] == 1
+    assert head.losses(outputs, a) == head.losses(outputs, b)
+
+
+def test_low_precision_outputs_give_float32_losses():
+    head = small_head()
+    batch = windows(20, [20], [[[2, 6], [8, 19]]], [[0, 1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(torch.randn(1, 8, 20), batch["mask"])
+        losses = head.losses(outputs, batch)
+    assert outputs["logits"].dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+
+
+def test_drop_path_drops_in_training_only():
+    head = small_head(drop_path=0.5)
+    torch.nn.init.ones_(head.stem[0].scale1)
+    x, mask = torch.randn(8, 8, 20), torch.ones(8, 20, dtype=torch.bool)
+    assert not torch.equal(head(x, mask)["logits"], head(x, mask)["logits"])
+    head.eval()
+    assert torch.equal(head(x, mask)["logits"], head(x, mask)["logits"])
+
+
+def test_a_step_runs_on_fake_tensors():
+    head = small_head()
+
+    def step() -> None:
+        batch = windows(20, [20, 20], [[[2, 6]], []], [[0], []])
+        outputs = head(torch.randn(2, 8, 20), torch.ones(2, 20, dtype=torch.bool))
+        sum(head.losses(outputs, batch).values()).backward()
+
+    assert predict(step, head, torch.optim.AdamW(head.parameters())).activations > 0
+
+
+def test_impossible_settings_are_named():
+    with pytest.raises(ValueError, match="width 16 does not split into 3"):
+        small_head(num_heads=3)
+    with pytest.raises(ValueError, match="attention window 4"):
+        small_head(window=4)
+    with pytest.raises(ValueError, match="0 levels"):
+        small_head(num_levels=0)
