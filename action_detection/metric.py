@@ -11,8 +11,8 @@ classes that the subset's ground truth has: a class without predictions counts 0
 - Equal scores: the earlier in the file goes first (the script's sort leaves that open). Equal tIoU: the later ground
   truth, as the script's does.
 - Predictions in videos that the subset does not have are false, as in the script.
-- A label that the ground truth file has in other subsets only counts nowhere; one that it has in no subset is an error
-  (the script fails at both).
+- A label that the ground truth file has in other subsets only, in its taxonomy or in a category_idx.txt beside it
+  counts nowhere; one that it does not know at all is an error (the script fails at both).
 - Ground truth that is there twice stays, as in the script. `drop_duplicates` removes it as OpenTAD does: same label,
   both boundaries within 1 ms; with it go segments without length.
 - Two segments without length have tIoU 0 (the script divides 0 by 0 and calls it a hit). Boundaries beyond the video's
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from action_detection.annotations import NOT_CLASSES
+from action_detection.annotations import LABELS, NOT_CLASSES
 from action_detection.ops import segment_iou
 
 ACTIVITYNET_TIOU = tuple(np.linspace(0.5, 0.95, 10).tolist())
@@ -143,17 +143,21 @@ def interpolated_area(precision: np.ndarray, recall: np.ndarray) -> float:
 def read_ground_truth(
     path: Path, subset: str, *, drop_duplicates: bool = False, blocked: Collection[str] = ()
 ) -> tuple[Rows, set[str]]:
-    """The rows of one subset, and the labels of the whole file."""
+    """The rows of one subset, and all labels that the file knows."""
+    content = _read_json(path)
     own: dict[str, list[dict]] = {}
-    known: set[str] = set()
     subsets: set[str] = set()
-    for name, entry in _member(_read_json(path), "database", dict, str(path)).items():
+    known = set((path.parent / LABELS).read_text().splitlines()) if (path.parent / LABELS).is_file() else set()
+    for name, entry in _member(content, "database", dict, str(path)).items():
         where = f"{path}: video {name}"
         annotations = _member(entry, "annotations", list, where)
         known.update(_member(row, "label", str, f"{where}, annotation {k}") for k, row in enumerate(annotations))
         subsets.add(_member(entry, "subset", str, where))
         if entry["subset"] == subset and name not in blocked:
             own[name] = [row for row in annotations if row["label"] not in NOT_CLASSES]
+    if "taxonomy" in content:
+        nodes = _member(content, "taxonomy", list, str(path))
+        known.update(_member(node, "nodeName", str, f"{path}: taxonomy") for node in nodes)
     rows = _rows(own, path, "annotation")
     if drop_duplicates:
         keep = _needed(rows)
@@ -172,7 +176,7 @@ def read_predictions(path: Path, known: set[str], *, blocked: Collection[str] = 
     if unknown := set(rows.labels) - known:
         k = next(k for k, label in enumerate(rows.labels) if label in unknown)
         where = f"{path}: video {rows.names[rows.video[k]]}"
-        raise ValueError(f"{where}: label {rows.labels[k]!r} is not in the ground truth file")
+        raise ValueError(f"{where}: label {rows.labels[k]!r} is not in the ground truth file's annotations or taxonomy")
     return rows
 
 

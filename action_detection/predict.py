@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#6b6b6b")
 MAX_LANES = 12  # classes in a picture, those with the best scores
 MAX_PIECE_BYTES = 1 << 27  # of decoded frames in memory at once
-DARK, LIGHT, TRACK = (20, 20, 20), (255, 255, 255), (70, 70, 70)
+DARK, LIGHT, TRACK, BACKGROUND = (20, 20, 20), (255, 255, 255), (70, 70, 70), 38
 
 
 class Action(NamedTuple):
@@ -286,13 +286,14 @@ def draw_overview(actions: list[Action], colours: dict[str, str], seconds: float
     from PIL import Image, ImageColor
 
     lane = 8
-    picture = Image.new("RGB", (width, lane * max(len(colours), 1) + 8 + lane * len(colours) % 2), (38, 38, 38))
+    picture = Image.new("RGB", (width, lane * max(len(colours), 1) + 8), (BACKGROUND,) * 3)
     for action in sorted(actions, key=lambda action: action.score):
         y = 4 + lane * list(colours).index(action.label)
         x = int(action.start / seconds * width)
         size = (max(int((action.end - action.start) / seconds * width), 2), lane - 2)
-        colour = np.array(ImageColor.getrgb(colours[action.label])) * min(action.score, 1.0)
-        picture.paste(tuple(np.maximum(colour.astype(int), 38).tolist()), (x, y, x + size[0], y + size[1]))
+        opacity, colour = min(action.score, 1.0), np.array(ImageColor.getrgb(colours[action.label]))
+        blended = (opacity * colour + (1 - opacity) * BACKGROUND).astype(int).tolist()
+        picture.paste(tuple(blended), (x, y, x + size[0], y + size[1]))
     return picture
 
 

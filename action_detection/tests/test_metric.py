@@ -194,6 +194,9 @@ def test_a_label_of_another_subset_counts_nowhere_and_an_unknown_label_is_named(
     content["database"]["w"] = {"subset": "training", "annotations": [{"label": "b", "segment": [0, 1]}]}
     paths[0].write_text(json.dumps(content))
     assert evaluate_files(*paths, tiou=[0.5])["mAP"] == [1.0]
+    del content["database"]["w"]
+    paths[0].write_text(json.dumps({**content, "taxonomy": [{"nodeName": "b", "nodeId": 1}]}))
+    assert evaluate_files(*paths, tiou=[0.5])["mAP"] == [1.0]
 
 
 def test_blocked_videos_and_ambiguous_times_are_left_out(tmp_path):
