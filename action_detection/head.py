@@ -156,11 +156,11 @@ class ConvNormReLU(nn.Module):
 
 
 class Tower(nn.Module):
-    """(B, C, N) -> (B, out, N) through three convolutions. Values at padded steps mean nothing."""
+    """(B, C, N) -> (B, out, N) through `num_layers` convolutions. Values at padded steps mean nothing."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, *, num_layers: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ConvNormReLU(width, width) for _ in range(2))
+        self.layers = nn.ModuleList(ConvNormReLU(width, width) for _ in range(num_layers - 1))
         self.last = nn.Conv1d(width, out, 3, padding=1)
         nn.init.zeros_(self.last.bias)
 

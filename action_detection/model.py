@@ -57,7 +57,13 @@ def build_head(config: Config, in_width: int) -> nn.Module:
     if model.head == "vsgn":
         from action_detection.vsgn import VSGNHead
 
-        return VSGNHead(in_width, num_classes, width=model.width, num_levels=model.num_levels)
+        return VSGNHead(
+            in_width,
+            num_classes,
+            width=model.width,
+            num_levels=model.num_levels,
+            regression_weight=model.regression_weight,
+        )
     return ActionFormerHead(
         in_width,
         num_classes,

@@ -19,6 +19,7 @@ from action_detection.head import (
     pyramid_points,
     to_windows,
 )
+from action_detection.tests.toy_windows import windows
 from dr2net.memory import predict
 
 ROUNDING = 1e-5  # relative and absolute: float32 sums in another order
@@ -28,21 +29,6 @@ SETTINGS = SimpleNamespace(min_score=1e-3, max_candidates=100)
 def small_head(num_classes: int = 3, **options) -> ActionFormerHead:
     torch.manual_seed(0)
     return ActionFormerHead(8, num_classes, **{"width": 16, "num_levels": 3, "window": 5, **options})
-
-
-def windows(num_steps: int, real: list[int], segments: list[list], labels: list[list[int]]) -> dict:
-    """A batch without its video: one second per step, all windows from 0 to num_steps seconds."""
-    size = len(real)
-    return {
-        "mask": torch.arange(num_steps) < torch.tensor(real)[:, None],
-        "segments": [torch.tensor(s, dtype=torch.float32).reshape(-1, 2) for s in segments],
-        "labels": [torch.tensor(label, dtype=torch.long) for label in labels],
-        "name": [f"video{i}" for i in range(size)],
-        "window": torch.arange(size),
-        "start": torch.zeros(size),
-        "seconds_per_step": torch.ones(size),
-        "duration": torch.full((size,), float(num_steps)),
-    }
 
 
 class LargestTensor(TorchDispatchMode):
