@@ -72,10 +72,17 @@ class Windows(Groups):
         del h
         q, k, v = qkv.view(num_windows, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = bias.to(q.dtype)
-        if any(self.shift):
-            bias = bias + self._shift_mask(start, stop, bias)
+        mask = self._shift_mask(start, stop, bias) if any(self.shift) else None
         dropout = attention.attention_dropout if attention.training else 0.0
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        if q.device.type == "cpu" and bias.requires_grad:
+            # torch 2.14 has no fused kernel for a bias with gradient there; what it runs instead is slower than this
+            weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).add_(bias)
+            weights = F.softmax(weights if mask is None else weights.add_(mask), dim=-1)
+            h = torch.matmul(F.dropout(weights, dropout), v)
+            del weights
+        else:
+            bias = bias if mask is None else bias + mask
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         h = F.linear(h.transpose(1, 2).reshape(num_windows, n, width), attention.proj.weight, attention.proj.bias)
         return F.dropout(h, attention.dropout, attention.training)
 

@@ -58,6 +58,9 @@ def test_output_and_gradients_are_torchvision_s(case: str, size: int) -> None:
     windows = chunks(norm, attention, x, size)
     found = evaluate(windows, x, x.dtype, keep_graph=False)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    with torch.no_grad():  # the fused kernel, which has no gradient for the bias on a CPU
+        fused = evaluate(windows, x, x.dtype, keep_graph=False)
+    torch.testing.assert_close(fused, expected, rtol=TOLERANCE, atol=TOLERANCE)
     again, of_x, of_parameters = differentiate(windows, x, grad, x.dtype, 0.0, parameters, nullcontext)
     assert torch.equal(again, found)
     for ours, theirs in zip([of_x, *of_parameters], gradients, strict=True):
