@@ -19,7 +19,7 @@ from action_detection.annotations import read_database
 from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
 from action_detection.data import VIDEO_FOLDER, Data, annotation_file, find_files, read_annotations
 from dr2net.training.jobs import damage, name_some, progress_bar, run_jobs, write_json
-from dr2net.training.video import probe
+from dr2net.training.video import BrokenVideo, probe
 
 ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
 # What the sites announce: activity-net.org for release 1.3; for THUMOS-14 200 and 213 annotated videos, without the two
@@ -136,11 +136,12 @@ def check_class_scores(file: Path, class_names: tuple[str, ...], videos: list[st
     return problems
 
 
-def write_thumos_annotations(folder: Path, root: Path) -> Path:
+def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise", "skip"] = "raise") -> Path:
     """<root>/thumos_14_anno.json, in OpenTAD's form, of the official text files and the durations of the videos.
 
     folder: holds <Class>_val.txt and <Class>_test.txt, lines `video start end` in seconds; `Ambiguous` is left out, and
-    the two videos of LEFT_OUT. Raises FileNotFoundError naming what is not there.
+    the two videos of LEFT_OUT. Missing and broken videos are errors, or with on_broken="skip" named and left out.
+    Raises FileNotFoundError, ValueError naming file and line, BrokenVideo.
     """
     segments: dict[str, list[dict]] = {}
     files = sorted(path for path in folder.rglob("*_*.txt") if path.stem.endswith(("_val", "_test")))
@@ -158,20 +159,30 @@ def write_thumos_annotations(folder: Path, root: Path) -> Path:
                 raise ValueError(f"{path}: line {number} is not `video start end`: {line!r}") from error
             if name not in LEFT_OUT:
                 segments.setdefault(name, []).append(item)
-    paths, missing = find_files(Data(kind="thumos", root=root), sorted(segments))
-    if missing:
-        names = ", ".join(missing[:20])
-        raise FileNotFoundError(f"{root / VIDEO_FOLDER}: {len(missing)} of {len(segments)} videos are missing: {names}")
-    database = {
-        name: {
+    data = Data(kind="thumos", root=root)
+    paths, missing = find_files(data, sorted(segments))
+    problems: list[str] = []
+    name_some(problems, missing, None, f"of {len(segments)} videos are missing in {root / VIDEO_FOLDER}")
+    if missing and on_broken == "raise":
+        raise FileNotFoundError(f"{problems[0]}; put them there, or leave them out with --on-broken skip")
+    database = {}
+    for name, path in paths.items():
+        try:
+            seconds = probe(path).seconds
+        except BrokenVideo as error:
+            if on_broken == "raise":
+                raise
+            problems.append(str(error))
+            continue
+        database[name] = {
             "subset": "training" if name.startswith("video_validation") else "validation",  # OpenTAD's names for them
-            "duration": round(probe(paths[name]).seconds, 3),
-            "annotations": sorted(items, key=lambda item: item["segment"]),
+            "duration": round(seconds, 3),
+            "annotations": sorted(segments[name], key=lambda item: item["segment"]),
         }
-        for name, items in sorted(segments.items())
-    }
-    write_json(annotation_file(Data(kind="thumos", root=root)), {"version": "Thumos14", "database": database})
-    return annotation_file(Data(kind="thumos", root=root))
+    for problem in problems:
+        print(f"left out: {problem}")
+    write_json(annotation_file(data), {"version": "Thumos14", "database": database})
+    return annotation_file(data)
 
 
 def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
@@ -191,7 +202,7 @@ def main(arguments: Arguments) -> int:
         return 0
     root = arguments.root or ROOTS[arguments.kind]
     if arguments.thumos_annotations is not None:
-        print(f"{write_thumos_annotations(arguments.thumos_annotations, root)}: written")
+        print(f"{write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)}: written")
     data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
     found = check(
         data,

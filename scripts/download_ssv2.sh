@@ -36,8 +36,7 @@ unpack_videos() {
 }
 
 unpack_labels() {
-  "$PYTHON" -c 'import sys; from dr2net.training.download import extract; extract(*sys.argv[1:])' \
-    "$ARCHIVES/$LABELS" "$ARCHIVES/labels"
+  "$PYTHON" common/dr2net/training/download.py extract "$ARCHIVES/$LABELS" "$ARCHIVES/labels"
   local split file
   for split in train validation labels test; do
     file="$(find "$ARCHIVES/labels" -name "$split.json" -o -name "something-something-v2-$split.json" | head -n 1)"

@@ -5,6 +5,11 @@
     extract(path, folder, max_bytes=...)       # tar (plain, gz, bz2, xz) or zip; nothing outside `folder`, no links,
     no bombs
 
+For shell scripts, without starting more than the standard library:
+
+    python common/dr2net/training/download.py fetch URL FILE            # download and remember
+    python common/dr2net/training/download.py extract ARCHIVE FOLDER [MAX_GIB]
+
 What stands at `path` is complete and checked; what is on its way is `<path>.part`. Not a mirror tool, no parallel
 transfers.
 """
@@ -15,6 +20,7 @@ import http.client
 import lzma
 import os
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
@@ -282,3 +288,22 @@ def _bar(name: str, show: bool) -> Iterator[Callable[[int, int | None], None]]:
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def main(words: list[str]) -> None:
+    """Command line, see the top of this file."""
+    try:
+        match words:
+            case ["fetch", url, file]:
+                print(f"{file}: sha256 {remember(download(url, file))}")
+            case ["extract", archive, folder, *limit]:
+                gib = int(limit[0]) if limit else 64
+                print(f"{archive}: {len(extract(archive, folder, max_bytes=gib * GIB))} files unpacked in {folder}")
+            case _:
+                sys.exit("usage: download.py fetch URL FILE | extract ARCHIVE FOLDER [MAX_GIB]")
+    except (DownloadError, ValueError, OSError) as error:
+        sys.exit(f"download: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
