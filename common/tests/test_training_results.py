@@ -136,6 +136,19 @@ def test_a_planned_row_shows_predicted_memory_and_dashes(folder):
     ]  # fmt: skip
 
 
+def test_further_metrics_have_columns_of_their_own_behind_the_first(tmp_path):
+    first, second = make_record(tmp_path, seed=0), make_record(tmp_path, seed=1)
+    records = [
+        replace(first, metrics={"mAP": 50.0, "mAP@0.5": 60.0}),
+        replace(second, metrics={"mAP": 52, "mAP@0.5": 63}),
+    ]
+    other = replace(first, row=f"{first.row}_x", metrics={"mAP": 1.0, "mAP@0.7": 2.0})
+    (lines,) = tables.group_lines([*records, other]).values()
+    assert tables.headers(lines)[:5] == ["row", "mAP", "mAP@0.5", "mAP@0.7", "peak MiB"]
+    further = tables.further_metrics(lines)
+    assert [tables.cells(line, further)[1:4] for line in lines] == [["51.0 ± 1.4", "61.5", "-"], ["1.0", "-", "2.0"]]
+
+
 def test_the_terminal_table_shows_every_method(folder):
     text = io.StringIO()
     tables.print_table(results.read_records("toy_training", folder), Console(file=text, width=120))
@@ -147,7 +160,7 @@ def test_the_readme_and_figures_are_written_and_reproducible(folder):
     written = tables.write_all(folder)
     assert [path.name for path in written] == ["toy_vit.png", "README.md"]
     text = (folder / "README.md").read_text()
-    assert "| toy_vit_dr2net | 81.0 ± 1.4 | 930 | 465 | 0.25 | 3.0e-07 | 2 | tiny |" in text
+    assert "| toy_vit_dr2net | 81.0 ± 1.4 | 1.0 | 930 | 465 | 0.25 | 3.0e-07 | 2 | tiny |" in text
     assert "![toy_vit: metric against peak memory](toy_training/toy_vit.png)" in text
     assert "| COCO 2017 | DINO 4-scale, R50, 12 epochs | AP | 49.2 | - | detrex README |" in text
     assert written[0].read_bytes().startswith(b"\x89PNG")
