@@ -31,12 +31,11 @@ from torch.utils.data import DataLoader
 from action_detection.annotations import Annotations, Video, read_blocked, read_database
 from dr2net.training import clips
 from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import BrokenVideo, FrameCache
+from dr2net.training.video import FrameCache, read_usable
 
 ANNOTATIONS = {"activitynet": "activity_net.v1-3.min.json", "thumos": "thumos_14_anno.json"}
 VIDEO_FOLDER = "videos"
 SUFFIXES = (".mp4", ".mkv", ".webm")
-MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives up
 MAX_CHUNK_BYTES = 1 << 28  # decoded frames at full size in memory at once
 ON_SCREEN = 1e-4  # seconds; so that rounding never shows the frame before
 
@@ -167,25 +166,19 @@ class Windows:
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """The sample, or with on_broken="skip" one of the next usable video instead of an unusable one."""
         index, draw = key
-        first, number = self.items[index]
-        skipped: list[str] = []
-        for offset in range(min(MAX_REPLACEMENTS, len(self.names))):
-            name = self.names[(first + offset) % len(self.names)]
-            window = number if not skipped else 0
-            try:
-                sample = read_window(
-                    self.data, self.paths[name], self.videos[name], window, draw if self.train else None, self.cache
-                )
-            except (BrokenVideo, OSError) as error:
-                if self.data.on_broken == "raise":
-                    raise
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-                skipped.append(name)
-                continue
-            return sample | {"name": name, "window": window, "skipped": skipped}
-        raise BrokenVideo(
-            self.data.root, f"{len(skipped)} videos in a row cannot be read ({', '.join(skipped[:5])}, ...)"
+        data, (first, number) = self.data, self.items[index]
+
+        def read(i: int) -> dict[str, Any]:
+            name, window = self.names[i], number if i == first else 0
+            sample = read_window(
+                data, self.paths[name], self.videos[name], window, draw if self.train else None, self.cache
+            )
+            return sample | {"name": name, "window": window}
+
+        sample, _, skipped = read_usable(
+            read, first, len(self.names), lambda i: self.names[i], data.on_broken, data.root
         )
+        return sample | {"skipped": skipped}
 
 
 def window_seconds(data: Data, duration: float) -> float:
@@ -233,7 +226,7 @@ def read_window(
     cache = cache or FrameCache(0)
     info = cache.probe(path)
     rng = None if draw is None else np.random.default_rng([draw, 0])
-    start = random_start(data, video, rng) if rng else window_starts(data, video.duration)[number]
+    start = random_start(data, video, rng) if rng is not None else window_starts(data, video.duration)[number]
     length = window_seconds(data, info.seconds)
     # A file shorter than annotated: the window lies in what there is.
     start = min(start, max(info.seconds - length, 0.0))

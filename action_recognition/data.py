@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader
 
 from dr2net.training import clips
 from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import BrokenVideo, FrameCache, VideoInfo
+from dr2net.training.video import FrameCache, VideoInfo, read_usable
 
 Split = Literal["train", "validation"]
-MAX_REPLACEMENTS = 20  # unusable files in a row before `on_broken="skip"` gives up
 
 
 @dataclass(frozen=True)
@@ -212,21 +211,15 @@ class Clips:
 
     def _read(self, index: int, rng: np.random.Generator | None, view: int) -> tuple[dict[str, Any], Tensor]:
         """The video at `index`, or with on_broken="skip" the nearest usable one after it."""
-        skipped = []
-        for offset in range(min(MAX_REPLACEMENTS, len(self.entries))):
-            entry = self.entries[(index + offset) % len(self.entries)]
-            try:
-                video = read_clip(self.data, entry.path, rng, view, self.segments, self.crops, self.cache)
-            except (BrokenVideo, OSError) as error:
-                if self.data.on_broken == "raise":
-                    raise
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-                skipped.append(entry.name)
-                continue
-            return {"name": entry.name, "label": entry.label, "skipped": skipped}, video
-        raise BrokenVideo(
-            self.data.root, f"{len(skipped)} videos in a row cannot be read ({', '.join(skipped[:5])}, ...)"
+        data, entries = self.data, self.entries
+
+        def read(i: int) -> Tensor:
+            return read_clip(data, entries[i].path, rng, view, self.segments, self.crops, self.cache)
+
+        video, used, skipped = read_usable(
+            read, index, len(entries), lambda i: entries[i].name, data.on_broken, data.root
         )
+        return {"name": entries[used].name, "label": entries[used].label, "skipped": skipped}, video
 
 
 def clip_indices(

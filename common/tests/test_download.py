@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dr2net.training.download import DownloadError, UnsafeArchive, download, extract
+from dr2net.training.download import DownloadError, UnsafeArchive, download, extract, main, remember
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
@@ -143,6 +143,28 @@ def test_a_wrong_size_is_refused_before_the_transfer(server, tmp_path):
     with pytest.raises(DownloadError, match="300000 bytes, 5 are expected"):
         fetch(server, tmp_path / "f", size=5)
     assert not (tmp_path / "f").exists()
+
+
+def test_where_no_checksum_is_published_later_files_are_held_to_the_first(server, tmp_path):
+    path = fetch(server, tmp_path / "file.bin")
+    assert remember(path) == remember(path) == SHA256
+    assert (tmp_path / "file.bin.sha256").read_text() == f"{SHA256}  file.bin\n"
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(DownloadError, match="is not the .* of the first download; the source has changed"):
+        remember(path)
+
+
+def test_the_command_line_fetches_and_unpacks_and_says_one_line_of_errors(server, tmp_path, capsys):
+    server.content = zip_of(tmp_path / "source.zip", [("a/b.txt", b"x")]).read_bytes()
+    url, file = f"http://127.0.0.1:{server.server_port}/file.zip", str(tmp_path / "file.zip")
+    main(["fetch", url, file])
+    main(["extract", file, str(tmp_path / "out")])
+    assert (tmp_path / "out" / "a" / "b.txt").read_bytes() == b"x"
+    assert "sha256" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="usage"):
+        main(["mirror"])
+    with pytest.raises(SystemExit, match="download: .*only http"):
+        main(["fetch", "ftp://x", file])
 
 
 def test_passing_failures_are_retried_and_final_ones_are_not(server, tmp_path):

@@ -9,12 +9,13 @@ presentation time, in both readers. Not a streaming reader: one call opens, read
 between worker processes.
 """
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from av import Packet
     from av.container import InputContainer
 
+Sample = TypeVar("Sample")
+
+MAX_REPLACEMENTS = 20  # unusable files in a row before `read_usable` gives up
 # What decord 0.6.0 decodes rightly; anything else goes to PyAV straight away.
 DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
 
@@ -76,6 +80,32 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
         if frames is not None:
             return frames
     return _read_av(path, wanted, order)
+
+
+def read_usable(
+    read: Callable[[int], Sample],
+    first: int,
+    count: int,
+    name_of: Callable[[int], str],
+    on_broken: Literal["raise", "skip"],
+    root: Path | str,
+) -> tuple[Sample, int, list[str]]:
+    """read(first), or with on_broken="skip" of the next of `count` videos, in a circle, that can be read.
+
+    Returns what it gave, the index read, and the names that were skipped, each with a warning. Raises what `read`
+    raises (BrokenVideo, OSError), or BrokenVideo naming `root` after MAX_REPLACEMENTS unusable files in a row.
+    """
+    skipped: list[str] = []
+    for offset in range(min(MAX_REPLACEMENTS, count)):
+        index = (first + offset) % count
+        try:
+            return read(index), index, skipped
+        except (BrokenVideo, OSError) as error:
+            if on_broken == "raise":
+                raise
+            warnings.warn(f"skipped: {error}", stacklevel=3)
+            skipped.append(name_of(index))
+    raise BrokenVideo(root, f"{len(skipped)} videos in a row cannot be read ({', '.join(skipped[:5])}, ...)")
 
 
 class FrameCache:
