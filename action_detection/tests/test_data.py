@@ -1,8 +1,6 @@
 """Windows of untrimmed videos: which frames, which targets, random ones from keys; and bad files and annotations."""
 
-import json
 import tracemalloc
-import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -28,19 +26,9 @@ from action_detection.data import (
     window_of,
     window_starts,
 )
+from action_detection.tests.toy_videos import DATABASE, FPS, SIZE, annotate, entry, frames_of, make_data
 from dr2net.training.config import Run
 from dr2net.training.video import BrokenVideo, write_video
-
-FPS, SIZE = 10, 32
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-
-def frames_of(seconds: float, width: int = SIZE) -> np.ndarray:
-    """A video at FPS that gets brighter by 3 grey values per frame; its left half is darker."""
-    frames = np.zeros((round(seconds * FPS), SIZE, width, 3), np.uint8)
-    frames += (20 + 3 * np.arange(len(frames)) % 180).astype(np.uint8)[:, None, None, None]
-    frames[:, :, width // 2 :] += 40
-    return frames
 
 
 def seconds_seen(video: torch.Tensor) -> torch.Tensor:
@@ -48,32 +36,9 @@ def seconds_seen(video: torch.Tensor) -> torch.Tensor:
     return ((video[0, :, :, : SIZE // 2 - 2].mean((1, 2)) * 255 - 20) / 3) / FPS
 
 
-def entry(duration: float, subset: str, *annotations: tuple[str, float, float]) -> dict:
-    items = [{"label": label, "segment": [start, end]} for label, start, end in annotations]
-    return {"duration": duration, "subset": subset, "annotations": items}
-
-
-DATABASE = {
-    "a": entry(6.0, "training", ("jump", 1.0, 2.5), ("run", 4.0, 5.0)),
-    "b": entry(4.0, "training", ("run", 0.5, 1.5)),
-    "c": entry(3.0, "training", ("jump", 0.0, 2.0)),
-    "d": entry(5.0, "validation", ("jump", 2.0, 4.5)),
-    "e": entry(1.0, "validation", ("run", 0.2, 0.7)),
-}
-
-
-def annotate(root: Path, database: dict, name: str = "activity_net.v1-3.min.json") -> None:
-    (root / name).write_text(json.dumps({"database": database, "taxonomy": [], "version": "test"}))
-
-
 @pytest.fixture
 def data(tmp_path) -> Data:
-    """Windows of 8 steps of 2 frames at 5 frames a second: 3.2 s."""
-    (tmp_path / "videos").mkdir()
-    for name, video in DATABASE.items():
-        write_video(tmp_path / "videos" / f"v_{name}.mp4", frames_of(video["duration"]), FPS, crf=5)
-    annotate(tmp_path, DATABASE)
-    return Data(root=tmp_path, num_classes=2, num_steps=8, image_size=SIZE, fps=5.0, **PLAIN)
+    return make_data(tmp_path)
 
 
 RANDOM = {"crop_scale": (0.3, 1.0), "flip": True, "color_jitter": 0.3}
@@ -299,24 +264,6 @@ def test_a_file_without_annotations_gives_the_windows_of_the_test(data):
         window_of(data, "nowhere.mp4")
 
 
-def test_annotations_past_the_end_are_clipped_and_those_without_length_dropped_by_name(data):
-    odd = entry(
-        5.0,
-        "validation",
-        ("jump", 4.0, 9.5),
-        ("run", 2.0, 2.0),
-        ("run", 3.0, 1.0),
-        ("jump", 6.0, 8.0),
-        ("run", -1.0, 1.0),
-    )
-    annotate(data.root, DATABASE | {"d": odd})
-    with pytest.warns(UserWarning, match="5 segments") as caught:
-        video = read_annotations(data).videos["d"]
-    assert video.segments.tolist() == [[4.0, 5.0], [0.0, 1.0]] and video.labels.tolist() == [0, 1]
-    message = str(caught[0].message)
-    assert "d [4.0, 9.5] (jump): clipped to [4.0, 5.0]" in message and "d [3.0, 1.0] (run): without length" in message
-
-
 def test_a_segment_past_the_end_of_a_shorter_file_is_no_target_outside_it(data):
     write_video(Path(data.root) / "videos" / "v_d.mp4", frames_of(3.0), FPS)
     samples = [windows_of(data)[i, 0] for i in range(2)]  # annotated are 5 s: two windows, both lie in the file
@@ -325,57 +272,6 @@ def test_a_segment_past_the_end_of_a_shorter_file_is_no_target_outside_it(data):
         assert sample["duration"] == 5.0 and len(sample["labels"]) == 0  # of 2.0 to 4.5 s only 1 s is there
     seen = windows_of(replace(data, min_overlap=0.3))[0, 0]
     torch.testing.assert_close(seen["segments"], torch.tensor([[5.0, 7.5]]))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (
-            {"x": entry(3.0, "training", ("swim", 0, 1))},
-            "has 3 classes, .* says 2; set --data.num-classes 3",
-        ),
-        ({"x": {"subset": "training", "annotations": []}}, "video x lacks 'duration'; mend it"),
-        ({"x": entry(0.0, "training")}, "video x is not in ActivityNet's form .the duration 0.0"),
-        ({"x": {"duration": 1.0, "subset": "training", "annotations": [{"label": "run", "segment": [1]}]}}, "video x"),
-        ({"x": entry(float("nan"), "training")}, "video x is not in ActivityNet's form"),
-        ({"x": entry(1.0, "training", ("run", 0.0, float("inf")))}, "video x is not in ActivityNet's form"),
-        ({"x": 3}, "video x is not in ActivityNet's form"),
-    ],
-)
-def test_an_annotation_file_of_another_form_is_named_with_the_video(change, match, data):
-    annotate(data.root, DATABASE | change)
-    with pytest.raises(ValueError, match=f"activity_net.*{match}"):
-        read_annotations(data)
-
-
-def test_an_annotation_file_that_is_missing_broken_or_lists_a_video_twice_is_named(data):
-    file = Path(data.root) / "activity_net.v1-3.min.json"
-    file.write_text('{"database": {"a": 1, "a": 2}}')
-    with pytest.raises(ValueError, match="'a' is listed twice"):
-        read_annotations(data)
-    file.write_text('{"database": ')
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
-        read_annotations(data)
-    file.write_text('{"videos": []}')
-    with pytest.raises(ValueError, match='no table "database"'):
-        read_annotations(data)
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match="set --data.root"):
-        read_annotations(data)
-
-
-def test_a_class_that_the_label_file_does_not_know_is_named(data):
-    labels = Path(data.root) / "category_idx.txt"
-    labels.write_text("run\njump\nswim\n")
-    assert read_annotations(replace(data, num_classes=3)).class_names == ("jump", "run", "swim")
-    labels.write_text("run\nswim\n")
-    with pytest.raises(ValueError, match="video a has the label 'jump', not one of the 2 in .*category_idx.txt"):
-        read_annotations(data)
-
-
-def test_an_unknown_subset_is_answered_with_those_that_exist(data):
-    with pytest.raises(ValueError, match="no video of the subset 'testing', there are: training, validation"):
-        read_annotations(replace(data, test_subset="testing"))
 
 
 def test_a_video_without_annotation_is_tested_and_trained_on_only_if_asked(data):
@@ -449,10 +345,3 @@ def test_videos_are_found_as_mp4_mkv_or_webm(data):
     (folder / "v_c.mp4").rename(folder / "v_c.txt")
     paths, missing = find_files(data, ["a", "b", "c"])
     assert [Path(path).name for path in paths.values()] == ["v_a.mkv", "v_b.webm"] and missing == ["c"]
-
-
-def test_a_sound_annotation_file_gives_no_warning(data):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        annotations = read_annotations(data)
-    assert annotations.class_names == ("jump", "run") and list(annotations.videos) == list("abcde")
