@@ -113,7 +113,8 @@ def detections(
 def with_classes(actions: Detected, class_scores: np.ndarray, top: int) -> Detected:
     """Each detection once per best class of its video, its score multiplied by the class's; best first.
 
-    class_scores: (K,). The square root that some recipes take of the product changes no order, hence no metric.
+    class_scores: (K,). Up to `top` times as many detections come out. The square root that some recipes take of the
+    product changes no order, hence no metric.
     """
     best = torch.from_numpy(np.argsort(-class_scores, kind="stable")[:top])
     scores = actions.scores[:, None] * torch.from_numpy(class_scores)[best].to(actions.scores.dtype)

@@ -25,8 +25,12 @@ from action_detection.predict import (
     draw_captions,
     draw_overview,
     draw_timeline,
+    main,
     predict,
 )
+from dr2net.training import checkpoint
+from dr2net.training.method import coefficients
+from dr2net.training.results import as_json
 from dr2net.training.video import BrokenVideo, probe, read_frames, write_frames, write_video
 
 NAME = "untrimmed_tiny_dr2net"
@@ -47,18 +51,22 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
     return config, build_model(config).eval(), root / "videos" / f"v_{name}.mp4"
 
 
-def test_prediction_writes_json_a_timeline_and_a_video_of_the_same_length(world, tmp_path, capsys):
+def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_length(world, tmp_path, capsys):
     config, model, video = world
-    table, timeline, annotated = predict(
-        config, model, video, tmp_path, annotations=config.data.root / ANNOTATIONS, min_score=0.0
-    )
-    entries = json.loads(table.read_text())["results"][video.stem.removeprefix("v_")]
+    alpha, beta = coefficients(config.finetuning, 1.0)
+    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
+    checkpoint.save(tmp_path / "run" / "checkpoint", {"model": model.state_dict()}, state)
+    file = config.data.root / ANNOTATIONS
+    words = ["--annotations", str(file), "--min-score", "0", "--output", str(tmp_path / "out")]
+    main([str(tmp_path / "run"), str(video), *words])
+    first, *_, table, timeline, annotated = capsys.readouterr().out.splitlines()
+    assert first == "20 detections, 20 with a score of at least 0.0"
+    entries = json.loads(Path(table).read_text())["results"][video.stem.removeprefix("v_")]
     assert len(entries) == 20
     assert entries[0]["label"] in read_annotations(config.data).class_names
     assert entries == sorted(entries, key=lambda entry: -entry["score"])
-    assert timeline.stat().st_size > 1000
+    assert Path(timeline).read_bytes().startswith(b"\x89PNG")
     assert probe(annotated).num_frames == probe(video).num_frames
-    assert capsys.readouterr().out.startswith("20 detections, 20 with a score of at least 0.0")
 
 
 def test_detections_are_those_of_the_evaluation(world):
