@@ -72,12 +72,12 @@ class Chunks:
         self.size = int(max(1, min(groups.count, budget / (4 * groups.floats(modules)))))
 
     def spans(self, x: Tensor, *, all_of_them: bool = False) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each chunk. A fake x (`memory.predict`) has only the first two and the last, unless all are
-        asked for: the others have the shapes of the second, and what it needs.
+        """(start, stop) of each chunk. A fake x (`memory.predict`) has only the first two, unless all are asked for:
+        the others need what the second needs, and the last not more.
         """
-        starts: Sequence[int] = range(0, self.groups.count, self.size)
-        if isinstance(x, FakeTensor) and len(starts) > 3 and not all_of_them:
-            starts = (starts[0], starts[1], starts[-1])
+        starts = range(0, self.groups.count, self.size)
+        if isinstance(x, FakeTensor) and not all_of_them:
+            starts = starts[:2]
         for start in starts:
             yield start, min(start + self.size, self.groups.count)
 
