@@ -109,7 +109,9 @@ def build_video_swin(name: str, *, weights: str | None, drop_path: float = 0.0) 
 
 def _download(name: str) -> Tensors:
     if name == "small":
-        raise ValueError("'small' has no Kinetics weights: give a file, such as action_detection/weights/small.safetensors")
+        raise ValueError(
+            "'small' has no Kinetics weights: give a file, such as action_detection/weights/small.safetensors"
+        )
     try:
         return get_model_weights(name).KINETICS400_V1.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, or a damaged download
@@ -122,7 +124,7 @@ def _download(name: str) -> Tensors:
 def _read(path: Path) -> Tensors:
     """A safetensors file, or a plain state dict written by torch.save."""
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: give \"kinetics\", or a file with --model.weights FILE")
+        raise FileNotFoundError(f'no weights at {path}: give "kinetics", or a file with --model.weights FILE')
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
