@@ -117,10 +117,10 @@ def predict(
 def detect(config: Config, model: nn.Module, video: Path) -> Detected:
     """The detections in a video file, best first, as in evaluation; one window in memory at a time."""
     device = next(model.parameters()).device
+    # A training row may keep whole decoded videos in memory; here the video is read once, and may be long.
+    samples = window_of(replace(config.data, cache_gib=0.0), video)
     with autocast(config, device):
-        windows = detect_windows(
-            model, (collate([sample]) for sample in window_of(config.data, video)), config.detection
-        )
+        windows = detect_windows(model, (collate([sample]) for sample in samples), config.detection)
     return detections(windows, config.detection)[video.stem]
 
 

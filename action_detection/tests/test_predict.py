@@ -28,7 +28,7 @@ from action_detection.predict import (
     main,
     predict,
 )
-from dr2net.training import checkpoint
+from dr2net.training import checkpoint, video
 from dr2net.training.method import coefficients
 from dr2net.training.results import as_json
 from dr2net.training.video import BrokenVideo, probe, read_frames, write_frames, write_video
@@ -52,53 +52,66 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
 
 
 def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_length(world, tmp_path, capsys):
-    config, model, video = world
+    config, model, clip = world
     alpha, beta = coefficients(config.finetuning, 1.0)
     state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
     checkpoint.save(tmp_path / "run" / "checkpoint", {"model": model.state_dict()}, state)
     file = config.data.root / ANNOTATIONS
     words = ["--annotations", str(file), "--min-score", "0", "--output", str(tmp_path / "out")]
-    main([str(tmp_path / "run"), str(video), *words])
+    main([str(tmp_path / "run"), str(clip), *words])
     first, *_, table, timeline, annotated = capsys.readouterr().out.splitlines()
     assert first == "20 detections, 20 with a score of at least 0.0"
-    entries = json.loads(Path(table).read_text())["results"][video.stem.removeprefix("v_")]
+    entries = json.loads(Path(table).read_text())["results"][clip.stem.removeprefix("v_")]
     assert len(entries) == 20
     assert entries[0]["label"] in read_annotations(config.data).class_names
     assert entries == sorted(entries, key=lambda entry: -entry["score"])
     assert Path(timeline).read_bytes().startswith(b"\x89PNG")
-    assert probe(annotated).num_frames == probe(video).num_frames
+    assert probe(annotated).num_frames == probe(clip).num_frames
 
 
 def test_detections_are_those_of_the_evaluation(world):
-    config, model, video = world
+    config, model, clip = world
     expected = detections(detect_windows(model, build_test_loader(config), config.detection), config.detection)
-    found = detect(config, model, video)
-    wanted = expected[video.stem.removeprefix("v_")]
+    found = detect(config, model, clip)
+    wanted = expected[clip.stem.removeprefix("v_")]
     assert torch.equal(found.labels, wanted.labels)
     # Batches of another size may round differently in float32.
     torch.testing.assert_close(found.scores, wanted.scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.segments, wanted.segments, atol=1e-3, rtol=1e-4)
 
 
+def test_no_more_than_a_window_is_decoded_at_once_even_where_training_keeps_videos(world, monkeypatch):
+    config, model, path = world
+    config, sizes = replace(config, data=replace(config.data, cache_gib=1.0)), []
+
+    def counted(file: Path, indices: np.ndarray) -> np.ndarray:
+        sizes.append(len(indices))
+        return read_frames(file, indices)
+
+    monkeypatch.setattr(video, "read_frames", counted)
+    detect(config, model, path)
+    assert sizes and max(sizes) <= config.data.num_frames
+
+
 def test_a_class_agnostic_network_finds_actions(world, tmp_path):
-    config, _, video = world
+    config, _, clip = world
     config = replace(config, model=replace(config.model, class_agnostic=True))
-    table, _, _ = predict(config, build_model(config).eval(), video, tmp_path)
-    assert {entry["label"] for entry in json.loads(table.read_text())["results"][video.stem[2:]]} == {"action"}
+    table, _, _ = predict(config, build_model(config).eval(), clip, tmp_path)
+    assert {entry["label"] for entry in json.loads(table.read_text())["results"][clip.stem[2:]]} == {"action"}
 
 
 def test_the_input_is_never_overwritten(world, tmp_path):
-    config, model, video = world
+    config, model, clip = world
     copy = tmp_path / "clip.mp4"
-    copy.write_bytes(video.read_bytes())
+    copy.write_bytes(clip.read_bytes())
     _, _, annotated = predict(config, model, copy, tmp_path)
     assert annotated != copy
-    assert copy.read_bytes() == video.read_bytes()
+    assert copy.read_bytes() == clip.read_bytes()
 
 
 def test_a_one_second_video_is_padded(world, tmp_path):
-    config, model, video = world
-    write_video(tmp_path / "short.mp4", read_frames(video, range(8)), 8.0)
+    config, model, clip = world
+    write_video(tmp_path / "short.mp4", read_frames(clip, range(8)), 8.0)
     table, _, annotated = predict(config, model, tmp_path / "short.mp4", tmp_path / "out", min_score=0.0)
     entries = json.loads(table.read_text())["results"]["short"]
     assert all(0 <= entry["segment"][0] <= entry["segment"][1] <= 1.001 for entry in entries)
@@ -106,23 +119,23 @@ def test_a_one_second_video_is_padded(world, tmp_path):
 
 
 def test_missing_and_truncated_videos_are_named(world, tmp_path):
-    config, model, video = world
+    config, model, clip = world
     with pytest.raises(FileNotFoundError, match="absent.mp4"):
         predict(config, model, tmp_path / "absent.mp4", tmp_path)
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     with pytest.raises(BrokenVideo, match="cut.mp4"):
         predict(config, model, cut, tmp_path)
 
 
 def test_annotations_without_the_video_and_scores_out_of_range_are_named(world, tmp_path):
-    config, model, video = world
+    config, model, clip = world
     file = config.data.root / ANNOTATIONS
-    assert annotated_actions(file, video.stem.removeprefix("v_"))
+    assert annotated_actions(file, clip.stem.removeprefix("v_"))
     with pytest.raises(ValueError, match="has no video 'other'"):
         annotated_actions(file, "other")
     with pytest.raises(ValueError, match="--min-score is 20"):
-        predict(config, model, video, tmp_path, min_score=20)
+        predict(config, model, clip, tmp_path, min_score=20)
 
 
 def test_frames_of_a_long_video_pass_in_pieces_and_each_shows_its_moment(tmp_path, monkeypatch):
@@ -167,14 +180,14 @@ def test_a_variable_frame_rate_becomes_a_constant_one(tmp_path):
 
 @pytest.mark.parametrize("num_classes", [0, 1, 40])
 def test_pictures_take_any_number_of_classes_and_long_names(world, tmp_path, num_classes):
-    _, _, video = world
-    info = probe(video)
+    _, _, clip = world
+    info = probe(clip)
     names = [f"{k} Moving [something] out from behind [something] and then back again" for k in range(num_classes)]
     actions = [Action(name, 0.3 * k, 0.3 * k + 2, 1 / (k + 1)) for k, name in enumerate(names)]
     colours = colours_of(actions)
     assert list(colours) == names[: module.MAX_LANES]
-    draw_timeline(tmp_path / "t.png", video, info, actions, None, colours, title="clip.mp4")
-    draw_timeline(tmp_path / "t.png", video, info, actions, actions[:1], colours, title="clip.mp4")
+    draw_timeline(tmp_path / "t.png", clip, info, actions, None, colours, title="clip.mp4")
+    draw_timeline(tmp_path / "t.png", clip, info, actions, actions[:1], colours, title="clip.mp4")
     shown = [action for action in actions if action.label in colours]
     for image in (draw_captions(shown, colours, 1.0, 480), draw_overview(shown, colours, info.seconds, 480)):
         assert image.width == 480 and image.height % 2 == 0
