@@ -128,9 +128,15 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path: Path) -> None:
         build_slowfast("slowfast18", weights=None)
     with pytest.raises(ValueError, match="drop-path 0"):
         build_slowfast("slowfast50", weights=None, drop_path=0.1)
-    with pytest.raises(FileNotFoundError, match=r"absent.pyth.*SLOWFAST_8x8_R101"):
+    with pytest.raises(FileNotFoundError, match=r"absent.pyth"):
         build_slowfast("slowfast50", weights=str(tmp_path / "absent.pyth"))
     state = little().state_dict()
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "other.pyth")
+    with pytest.raises(ValueError, match=r"other.pyth.*\['epoch', 'state_dict'\]"):
+        build_slowfast("slowfast50", weights=str(tmp_path / "other.pyth"), widths=WIDTHS)
+    torch.save([1, 2], tmp_path / "list.pyth")
+    with pytest.raises(ValueError, match=r"list.pyth: no state dict of tensors but list"):
+        build_slowfast("slowfast50", weights=str(tmp_path / "list.pyth"), widths=WIDTHS)
     torch.save(
         {"model_state": {k: v for k, v in state.items() if not k.startswith("blocks.4")}}, tmp_path / "part.pyth"
     )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dr2net.training.checkpoint import Tensors, load_tensors, read_tensors
+from dr2net.backbones.state_dicts import read_state_dict
+from dr2net.training.checkpoint import load_tensors
 
 try:
     from pytorchvideo.models.resnet import ResBlock
@@ -86,8 +87,8 @@ def build_slowfast(
 ) -> SlowFast:
     """Build "slowfast101" (8x8, ResNet-101) or "slowfast50".
 
-    weights: None (random), or a file: pytorchvideo's checkpoint (a dict with `model_state`), a plain state dict, or
-    safetensors, with or without the classification head.
+    weights: None (random), or a file: pytorchvideo's checkpoint (SLOWFAST_8x8_R101.pyth of its model zoo), a plain
+    state dict, or safetensors, with or without the classification head.
     drop_path: must be 0, ResNet blocks have none. widths: channels of the stems, slow and fast.
     ValueError if the name is unknown or the weights leave a key unfilled or unused.
     """
@@ -108,24 +109,7 @@ def build_slowfast(
     backbone = SlowFast(stages, width=32 * sum(widths))
     if weights is not None:
         head = f"blocks.{len(stages) + 1}."
-        state = {key: value.float() for key, value in _read(Path(weights)).items() if not key.startswith(head)}
-        counters = [key for key in state if key.endswith(".num_batches_tracked")]
-        load_tensors(
-            backbone, {key: value.long() if key in counters else value for key, value in state.items()}, weights
-        )
+        state = read_state_dict(Path(weights), inside="model_state")
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
+        load_tensors(backbone, state, f"weights {weights!r}")
     return backbone
-
-
-def _read(path: Path) -> Tensors:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}: pytorchvideo's SLOWFAST_8x8_R101.pyth (its model zoo) is wanted, or another file "
-            "with --model.weights FILE"
-        )
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises unrelated types
-        raise ValueError(f"{path}: no checkpoint of tensors ({type(error).__name__}). Download it again") from error
-    return content.get("model_state", content)

@@ -12,10 +12,10 @@ minutes (scripts/pretrain_swin.py). Not here: the Swin-L of the paper, of which 
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from dr2net.training.checkpoint import Tensors, load_tensors, read_tensors
+from dr2net.backbones.state_dicts import read_state_dict
+from dr2net.training.checkpoint import Tensors, load_tensors
 
 try:
     from torchvision.models import get_model_weights
@@ -100,9 +100,9 @@ def build_video_swin(name: str, *, weights: str | None, drop_path: float = 0.0) 
     model = SwinTransformer3d(list(PATCH), width, *map(list, lists), stochastic_depth_prob=drop_path, num_classes=1)
     backbone = VideoSwin(model)
     if weights is not None:
-        state = _download(name) if weights == "kinetics" else _read(Path(weights))
+        state = _download(name) if weights == "kinetics" else read_state_dict(Path(weights))
         left_out = [key for key in state if key.startswith("head.") or key.endswith(f".{INDEX}")]
-        state = {key: value.float() for key, value in state.items() if key not in left_out}
+        state = {key: value for key, value in state.items() if key not in left_out}
         load_tensors(backbone, state, f"weights {weights!r}")
     return backbone
 
@@ -119,15 +119,3 @@ def _download(name: str) -> Tensors:
             f"torchvision did not bring the Kinetics weights of {name} ({type(error).__name__}: {error}). Is there a "
             "network? Otherwise fetch the file elsewhere and give --model.weights FILE"
         ) from error
-
-
-def _read(path: Path) -> Tensors:
-    """A safetensors file, or a plain state dict written by torch.save."""
-    if not path.is_file():
-        raise FileNotFoundError(f'no weights at {path}: give "kinetics", or a file with --model.weights FILE')
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises unrelated types
-        raise ValueError(f"{path}: no state dict of tensors ({type(error).__name__}). Download it again") from error
