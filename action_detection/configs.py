@@ -174,7 +174,7 @@ def anet_swint(method: Method) -> Config:
             ema_decay=0.999,
             precision="bf16",
         ),
-        finetuning=Finetuning(method=method),
+        finetuning=Finetuning(method=method, chunk_mib=64, recompute_rest=True),
         run=Run(micro_batch=2, num_workers=8),
     )
 
