@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Tableau's ten, readable side by side; classes beyond repeat them.
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#6b6b6b")
 MAX_LANES = 12  # classes in a picture, those with the best scores
-MAX_PIECE_BYTES = 1 << 27  # of decoded frames in memory at once
+MAX_PIECE_BYTES = 1 << 26  # of decoded frames in memory at once
 DARK, LIGHT, TRACK, BACKGROUND = (20, 20, 20), (255, 255, 255), (70, 70, 70), 38
 
 
