@@ -147,16 +147,16 @@ def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise
     files = sorted(path for path in folder.rglob("*_*.txt") if path.stem.endswith(("_val", "_test")))
     if not files:
         raise FileNotFoundError(f"{folder}: no <Class>_val.txt and <Class>_test.txt; unpack the official annotations")
-    for path in files:
-        label = path.stem.rsplit("_", 1)[0]
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for text in files:
+        label = text.stem.rsplit("_", 1)[0]
+        for number, line in enumerate(text.read_text().splitlines(), start=1):
             if not line.strip() or label == "Ambiguous":
                 continue
             try:
                 name, start, end = line.split()
                 item = {"label": label, "segment": [float(start), float(end)]}
             except ValueError as error:
-                raise ValueError(f"{path}: line {number} is not `video start end`: {line!r}") from error
+                raise ValueError(f"{text}: line {number} is not `video start end`: {line!r}") from error
             if name not in LEFT_OUT:
                 segments.setdefault(name, []).append(item)
     data = Data(kind="thumos", root=root)
