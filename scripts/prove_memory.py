@@ -132,7 +132,8 @@ def page(record: dict[str, Any]) -> str:
     rows = "\n".join(line_of(run) for run in record["runs"])
     return f"""# One real training step under a hard limit of memory
 
-{record["model"]}; at most {record["limit_gib"]:g} GiB of address space besides that of the libraries. Made by
+{record["model"]}; at most {record["limit_gib"]:g} GiB of address space
+besides that of the libraries; dr2net exact at (7/8, 1/8), chunks of {record["chunk_mib"]} MiB. Made by
 `python -m scripts.prove_memory` (commit {record["commit"]}), whose docstring says how. Predicted: live tensor bytes at
 the peak (the planner). Mapped: the most address space that the process had on top of the libraries'.
 

@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 
 import dr2net
-from dr2net.cli import find_model, main, parse_bytes, parse_shape
+from dr2net.cli import main, parse_bytes, parse_shape
+from dr2net.model_names import find_by_depth, find_model
+from dr2net.planner import METHODS
 
 FACTORY = """
 from timm.models.vision_transformer import VisionTransformer
 
-def small():
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5)
+def small(depth=3):
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=4, num_classes=5)
 
 def deep():  # at (1, 1) a stream grows 1.6 times per branch
     return VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=16, num_heads=1, num_classes=2)
+
+def convolution():
+    from torch import nn
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
 
 def not_a_module():
     return 3
@@ -41,23 +47,67 @@ def table(printed: str, first: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_plan_lists_every_method_with_its_split_and_largest_batch(factory: str, capsys) -> None:
-    assert main(["plan", "--model", f"{factory}:small", "--input", "64x3x32x32", "--budget", "8MiB"]) == 0
-    rows = table(capsys.readouterr().out, "method")
-    assert set(rows) == {"conventional", "checkpointed", "reversible", "dr2net"}
-    for peak, parameters, gradients, optimizer, activations, fits, most in rows.values():
-        parts = [float(cell.split()[0]) for cell in (parameters, gradients, optimizer, activations)]
-        assert float(peak.split()[0]) == pytest.approx(sum(parts), abs=0.3)  # each is rounded to 0.1 MiB
-        assert (fits == "yes") == (int(most) >= 64)
+def plan(capsys, command: str) -> str:
+    assert main(["plan", *command.split()]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_lists_every_method_with_its_split_and_largest_batch(factory: str, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    printed = plan(capsys, f"--model {factory}:small --input 64x3x32x32 --budget 8MiB")
+    rows = table(printed.split("omitted")[0], "method")
+    assert list(rows) == [method for method in METHODS if method != "lora"]
+    for peak, *parts, fits, most in rows.values():
+        assert float(peak.split()[0]) == pytest.approx(sum(float(part.split()[0]) for part in parts), abs=0.4)
+        assert len(parts) == 5 and (fits == "yes") == (int(most) >= 64)  # each part is rounded to 0.1 MiB
     assert int(rows["reversible"][-1]) > 2 * int(rows["conventional"][-1])
+    assert "omitted: lora (peft is not installed: pip install 'dr2net[lora]')" in printed
 
 
-def test_plan_can_grow_another_dimension_in_steps(factory: str, capsys) -> None:
-    command = f"plan --model {factory}:small --input 1x3x32x32 --budget 1GiB --grow 0:10"
-    assert main([*command.split(), *"--optimizer sgd --inversion float --live 3".split()]) == 0
-    printed = capsys.readouterr().out
-    assert all(int(row[-1]) % 10 == 0 and int(row[-1]) > 0 for row in table(printed, "method").values())
-    assert printed.count("largest at the peak") == 4
+def test_plan_can_grow_other_dimensions_in_steps(factory: str, capsys) -> None:
+    command = f"--model {factory}:small --input 1x3x32x32 --budget 1GiB --grow 0:10 --chunk-mib 0"
+    printed = plan(capsys, f"{command} --optimizer sgd --inversion float --live 3")
+    rows = table(printed.split("omitted")[0], "method")
+    assert all(int(row[-1]) % 10 == 0 and int(row[-1]) > 0 for row in rows.values())
+    assert printed.count("largest at the peak") == len(rows) and "chunks" not in printed
+
+
+def test_plan_can_grow_the_resolution(factory: str, capsys) -> None:
+    rows = table(plan(capsys, f"--model {factory}:convolution --input 1x3x8x8 --budget 1MiB --grow 2,3:8"), "method")
+    most = int(rows["conventional"][-1])
+    stored = 4 * 3 * most**2  # bytes of the input alone, float32
+    assert most % 8 == 0 and 2**20 / 8 < stored < 2**20  # of the 1 MiB, which the output and its gradients share
+
+
+def test_plan_says_which_methods_a_model_does_not_allow(factory: str, capsys) -> None:
+    printed = plan(capsys, f"--model {factory}:convolution --input 1x3x8x8")
+    assert list(table(printed.split("omitted")[0], "method")) == ["conventional"]
+    reason = "(nothing in Sequential can be made reversible)"
+    assert f"checkpointed, reversible, dr2net, reversible, chunks, dr2net, chunks {reason}" in printed
+
+
+def test_plan_gives_zero_where_not_even_one_fits(factory: str, capsys) -> None:
+    rows = table(plan(capsys, f"--model {factory}:small --input 1x3x32x32 --budget 1KiB --chunk-mib 0"), "method")
+    assert rows["dr2net"][-2:] == ["no", "0"]
+
+
+def test_plan_shows_each_phase_of_a_schedule_and_takes_the_worst(factory: str, capsys) -> None:
+    command = f"--model {factory}:small --input 512x3x32x32 --start 15/16,1/16 --end 0,1 --chunk-mib 0 --optimizer sgd"
+    printed = plan(capsys, command)
+    rows = table(printed, "from")
+    assert [row[2] for row in rows.values()] == ["4 bits", "3 bits", "2 bits", "1 bit", "nothing"]
+    peaks = [float(row[3].split()[0]) for row in rows.values()]
+    assert peaks[0] > peaks[-1] and peaks == sorted(peaks, reverse=True)
+    assert float(table(printed, "method")["dr2net"][0].split()[0]) == peaks[0]
+
+
+def test_plan_draws_peaks_against_size_and_depth(factory: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("dr2net.cli.DEPTHS", (1, 2))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    picture = tmp_path / "peaks.png"
+    plan(capsys, f"--model {factory}:small --input 1x3x32x32 --budget 2MiB --chunk-mib 0 --plot {picture}")
+    width, height = (int.from_bytes(picture.read_bytes()[start : start + 4], "big") for start in (16, 20))
+    assert width > 2 * height  # of a PNG: two panels side by side
 
 
 def test_check_prints_the_error_of_each_inversion_along_the_path(factory: str, capsys) -> None:
@@ -92,9 +142,16 @@ def test_check_says_where_the_exact_inversion_overflows(factory: str, capsys) ->
         ("plan --model FACTORY:small --input 1x3x40x40", "does not run on an input of 1x3x40x40"),
         ("plan --model FACTORY:small --input 1x3x32x32 --budget 24", "is not a size"),
         ("plan --model FACTORY:small --input 1x3x32x32 --budget=-1GiB", "is not a size"),
-        ("plan --model FACTORY:small --input 1x3x32x32 --beta 2", "outside 0 <= beta <= 1"),
-        ("plan --model FACTORY:small --input 1x3x32x32 --beta 1/0", "is not a number"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --start 1,2", "needs 0 <= beta <= 1"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --start 1,1/0", "is not a number"),
         ("plan --model FACTORY:small --input 1x3x32x32 --grow 4", "only the dimensions 0 to 3"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --grow 2,:8", "is not a dimension"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --grow 2", "does not run on an input of 1x3x1x32"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib=-1", "--chunk-mib -1 is no size"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib nan", "--chunk-mib nan is no size"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --calibrate", "torch sees none here"),
+        ("plan --model FACTORY:convolution --input 1x3x8x8 --plot x.txt", "--plot x.txt"),
+        ("plan --model FACTORY:small --input 999999999x3x32x999999999", "does not run on an input of"),
         ("check --model FACTORY:small --input 1x3x32x32 --start 1", "is not alpha,beta"),
         ("check --model FACTORY:small --input 1x3x32x32 --pretrained", "--pretrained works for timm and torchvision"),
     ],
@@ -116,6 +173,15 @@ def test_models_of_every_source_are_found() -> None:
     assert type(find_model("torchvision:resnet18")()).__name__ == "ResNet"
     assert type(find_model("transformers:ViTConfig")()).__name__ == "ViTModel"
     assert type(find_model("vit_tiny_patch16_224")()).__name__ == "VisionTransformer"
+
+
+def test_models_that_take_a_depth_are_built_with_it(factory: str) -> None:
+    for name in ("vit_tiny_patch16_224", "transformers:ViTConfig", f"{factory}:small"):
+        few, many = (sum(p.numel() for p in find_by_depth(name)(depth).parameters()) for depth in (1, 2))
+        assert many > few
+    assert (
+        find_by_depth("torchvision:swin3d_t") is find_by_depth("resnet18") is find_by_depth(f"{factory}:deep") is None
+    )
 
 
 def test_an_unknown_option_exits_with_code_2() -> None:

@@ -45,6 +45,43 @@ def training_step(
     return step
 
 
+def test_stored_is_what_lives_at_the_end_of_forward_and_temporaries_are_the_rest() -> None:
+    model = nn.Linear(1, 1)
+
+    def step() -> None:
+        x = torch.zeros(1000, requires_grad=True)
+        y = x.sin().cos()  # keeps x and sin(x), 4000 bytes each
+        torch.zeros(300)  # gone before forward ends
+        y.sum().backward()
+
+    for memory in (measure(step, model), predict(step, model)):
+        assert memory.stored in (8000, 12_000)  # y itself dies only when the step returns
+        assert memory.temporaries > 4000 and memory.stored + memory.temporaries == memory.activations
+
+
+def test_the_first_step_of_a_run_counts_like_the_second() -> None:
+    model = nn.Linear(300, 300)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = training_step(model, optimizer, (4000, 300), torch.float32)
+    predicted = predict(step, model, optimizer)
+    first, second = measure(step, model, optimizer), measure(step, model, optimizer)
+    assert first.peak == second.peak == predicted.peak and predicted.optimizer > 700_000
+
+
+def test_gradients_that_a_step_leaves_behind_are_found_by_the_next() -> None:
+    model = nn.Linear(500, 500)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        model(torch.randn(8, 500)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    predicted = predict(step, model, optimizer)
+    step()
+    assert predicted.peak == measure(step, model, optimizer).peak
+
+
 def apply(method: str, model: nn.Module) -> None:
     if method == "checkpointed":
         dr2net.checkpoint_blocks(model)
@@ -182,6 +219,16 @@ def test_tied_parameters_count_once() -> None:
     assert predict(step, model).parameters == measure(step, model).parameters == 40_000
 
 
+def test_integer_buffers_and_batch_norm_count_as_parameters_and_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model.register_buffer("table", torch.arange(1000))
+    step = training_step(model, None, (2, 3, 16, 16), torch.float32)
+    predicted = predict(step, model)
+    assert model[1].num_batches_tracked == 0 and torch.equal(model.table, torch.arange(1000))
+    assert predicted.parameters == measure(step, model).parameters > 8000
+    assert predicted.peak == pytest.approx(measure(step, model).peak, rel=RELATIVE)
+
+
 def test_measuring_reports_the_process_and_predicting_does_not() -> None:
     model = nn.Linear(3, 3)
     step = training_step(model, None, (1, 3), torch.float32)
@@ -204,6 +251,7 @@ def test_a_model_without_parameters_is_refused() -> None:
         (lambda n: 1001, 0),
         (lambda n: 999 + n, 1),
         (lambda n: 5, 500),
+        (lambda n: 900 + n - 60 * (n > 70), 160),  # falls once
     ],
 )
 def test_largest_input_is_found_in_few_tries(peak: Callable[[int], int], expected: int) -> None:
@@ -215,6 +263,14 @@ def test_largest_input_is_found_in_few_tries(peak: Callable[[int], int], expecte
 
     assert largest(counted, 1000, limit=500) == expected
     assert len(tried) <= 6 + 9 and len(set(tried)) == len(tried)  # six by the line, then 500 is halved nine times
+
+
+def test_largest_fits_and_the_next_does_not_where_the_peak_goes_up_and_down() -> None:
+    def peak(n: int) -> int:
+        return 10 * n + 300 * (n % 7)
+
+    most = largest(peak, 1000, limit=500)
+    assert peak(most) <= 1000 < peak(most + 1)
 
 
 def test_bytes_are_written_with_a_unit() -> None:
