@@ -44,10 +44,14 @@ class Clips(NamedTuple):
     mask: Tensor  # (B, T, S, S), the object's coverage
     flow: Tensor  # (B, 2, T, S, S), motion of the object's points to the next frame, times the mask
     rates: Tensor  # (B, 4) of x, y, growth and turn, each in -1..1
+    pace: Tensor  # (B, T): the rates hold for a motion 1 / pace as long as the clip; 0: the object rests
 
 
-def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generator) -> Clips:
-    """Draw `batch` clips of `num_frames` frames of `size` x `size` pixels; a pure function of the generator's state."""
+def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generator, *, pauses: bool = False) -> Clips:
+    """Draw `batch` clips of `num_frames` frames of `size` x `size` pixels; a pure function of the generator's state.
+
+    pauses: the motion takes only a part of the clip, at least a third, and before and after the object rests.
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
@@ -58,16 +62,22 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
     sways = (uniform(0, 1, 2) < 0.25).float()  # a wave instead of a straight path, in x, y or both
     amplitude, cycles, phase = uniform(0.05, 0.4, 2) * sways, uniform(0.8, 4.0, 2), uniform(0, 2 * math.pi, 2)
     amplitude = amplitude / (1 + 0.5 * (cycles - 1).clamp(min=0))
-    wave = 2 * math.pi * cycles[:, :, None] * time_axis + phase[:, :, None]
+    clock, pace = time_axis[None], torch.ones(batch, num_frames)
+    if pauses:
+        share = uniform(0.35, 1, 1)
+        elapsed = (time_axis + 0.5 - uniform(0, 1, 1) * (1 - share)) / share  # from 0 to 1 while the object moves
+        clock, pace = elapsed.clamp(0, 1) - 0.5, ((elapsed >= 0) & (elapsed < 1)) / share
+    wave = 2 * math.pi * cycles[:, :, None] * clock[:, None] + phase[:, :, None]
     rates = torch.cat([rates[:, :2] * (1 - sways), rates[:, 2:]], dim=1)
     total = rates * torch.tensor(REACH)  # (B, 4)
     middle = uniform(-0.6, 0.6, 2) * (1 - 0.6 * rates[:, :2].abs())
-    centre = middle[:, :, None] + total[:, :2, None] * time_axis + amplitude[:, :, None] * torch.sin(wave)  # (B, 2, T)
+    centre = middle[:, :, None] + total[:, :2, None] * clock[:, None]
+    centre = centre + amplitude[:, :, None] * torch.sin(wave)  # (B, 2, T)
     speed = amplitude[:, :, None] * torch.cos(wave) * 2 * math.pi * cycles[:, :, None]
-    speed = (total[:, :2, None] + speed) / (num_frames - 1)
-    growth, turn = (total[:, 2:] / (num_frames - 1))[:, :, None, None, None].unbind(1)
-    radius = (uniform(0.3, 0.68, 1) * torch.exp(total[:, 2:3] * time_axis))[:, :, None, None]  # (B, T, 1, 1)
-    angle = (uniform(0, 2 * math.pi, 1) + total[:, 3:4] * time_axis)[:, :, None, None]
+    speed = (total[:, :2, None] + speed) / (num_frames - 1) * pace[:, None]
+    growth, turn = (total[:, 2:, None] / (num_frames - 1) * pace[:, None])[..., None, None].unbind(1)  # (B, T, 1, 1)
+    radius = (uniform(0.3, 0.68, 1) * torch.exp(total[:, 2:3] * clock))[:, :, None, None]  # (B, T, 1, 1)
+    angle = (uniform(0, 2 * math.pi, 1) + total[:, 3:4] * clock)[:, :, None, None]
 
     axis = torch.linspace(-1, 1, size)
     grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
@@ -93,16 +103,16 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
     behind = F.interpolate(clouds, size=(size, size), mode="bicubic", align_corners=True)[:, :, None]
     video = behind + mask[:, None] * (inside - behind)
     noise = uniform(0.02, 0.08, 1, 1, 1, 1) * torch.randn(video.shape, generator=generator)
-    return Clips(video + noise, mask, flow, rates)
+    return Clips(video + noise, mask, flow, rates, pace)
 
 
 @torch.no_grad()
-def start_embedding(backbone: VideoViT, video: Tensor) -> None:
-    """Lowest frequencies of a cosine transform of each tubelet, whitened on `video`; random positions and times.
+def whiten_embedding(embedding: nn.Conv3d, video: Tensor) -> None:
+    """Lowest frequencies of a cosine transform of each tubelet, whitened on `video`.
 
     Per spatial frequency: three axes of colour, sum and difference of the two frames of a tubelet.
     """
-    weight = backbone.patch_embed.weight  # (D, 3, tubelet, p, p)
+    weight = embedding.weight  # (D, 3, tubelet, p, p)
     patch = weight.shape[-1]
     waves = torch.cos(math.pi * torch.arange(patch)[:, None] * (torch.arange(patch) + 0.5) / patch)  # (p, p)
     frequencies = sorted(((i, j) for i in range(patch) for j in range(patch)), key=lambda k: (k[0] ** 2 + k[1] ** 2, k))
@@ -114,13 +124,11 @@ def start_embedding(backbone: VideoViT, video: Tensor) -> None:
         for frames in torch.tensor([[1.0, 1], [1, -1]])
     ]
     weight.copy_(F.normalize(torch.stack(filters[: len(weight)]).flatten(1)).view_as(weight))
-    backbone.patch_embed.bias.zero_()
-    nn.init.trunc_normal_(backbone.time_embed, std=0.3)
-    nn.init.trunc_normal_(backbone.position_embed, std=0.3)
-    embedded = backbone.patch_embed(video)
+    embedding.bias.zero_()
+    embedded = embedding(video)
     gain = 0.7 / embedded.std((0, 2, 3, 4))
     weight.mul_(gain[:, None, None, None, None])
-    backbone.patch_embed.bias.copy_(-embedded.mean((0, 2, 3, 4)) * gain)
+    embedding.bias.copy_(-embedded.mean((0, 2, 3, 4)) * gain)
 
 
 def main() -> None:
@@ -134,7 +142,9 @@ def main() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     backbone = VideoViT(build_tiny_vit(image_size=size), num_frames=num_frames, tubelet=config.model.tubelet)
-    start_embedding(backbone, draw_clips(64, num_frames, size, torch.Generator().manual_seed(3)).video)
+    whiten_embedding(backbone.patch_embed, draw_clips(64, num_frames, size, torch.Generator().manual_seed(3)).video)
+    for positions in (backbone.time_embed, backbone.position_embed):
+        nn.init.trunc_normal_(positions, std=0.3)
     norm, to_dense = nn.LayerNorm(backbone.width), nn.Linear(backbone.width, 3)
     to_rates = GridHead(backbone.width, backbone.num_tokens, 4)
     modules = nn.ModuleList([backbone, norm, to_dense, to_rates])
