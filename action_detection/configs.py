@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from action_detection.data import Data
+from action_detection.metric import ACTIVITYNET_TIOU
 from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Preset, Run
 
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # made by scripts/make_swin_weights.sh
@@ -161,7 +162,7 @@ def anet_swint(method: Method) -> Config:
             vote_threshold=0.9,
             multi_class=False,
             max_detections=100,
-            tious=tuple(round(0.5 + 0.05 * i, 2) for i in range(10)),
+            tious=ACTIVITYNET_TIOU,
             class_scores=Path("data/activitynet/cuhk_val_simp_7.json"),
         ),
         optimization=Optimization(
@@ -200,7 +201,7 @@ def thumos_swint(method: Method) -> Config:
             regression_weight=1.0,
             class_agnostic=False,
         ),
-        detection=Detection(sigma=0.7, vote_threshold=0.7, max_detections=2000),
+        detection=Detection(sigma=0.7, max_detections=2000),
         optimization=replace(
             base.optimization,
             epochs=120,
