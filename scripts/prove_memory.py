@@ -1,6 +1,6 @@
 """A finetuning step that plain training cannot do in the memory there is, and the reversible one can. For real.
 
-    python -m scripts.prove_memory [--gib 3] [--frames 40] [--methods conventional "dr2net, chunks"]
+    python -m scripts.prove_memory [--gib 3 1.5] [--frames 40] [--methods conventional "dr2net, chunks"]
 
 Each method trains in a process of its own, whose address space the operating system limits (RLIMIT_AS) to what the
 process has mapped before it builds the model (interpreter, torch and its libraries, thread stacks) plus --gib. The
@@ -95,24 +95,31 @@ def run_limited(method: str, frames: int, gib: float) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=3.0, help="of address space, on top of the libraries'")
-    parser.add_argument("--frames", type=int, nargs="+", default=[40])
+    parser.add_argument(
+        "--gib", type=float, nargs="+", default=[3.0, 1.5], help="address space on top of the libraries'"
+    )
+    parser.add_argument("--frames", type=int, default=40)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(run_step(options.child, options.frames[0], options.gib)))
+        print(json.dumps(run_step(options.child, options.frames, options.gib[0])))
         return
     from dr2net.training.results import commit, versions
 
     runs = []
-    for frames in options.frames:
+    for gib in options.gib:
         for method in options.methods:
-            runs.append(run_limited(method, frames, options.gib))
+            runs.append({"limit_gib": gib, **run_limited(method, options.frames, gib)})
             print(line_of(runs[-1]), flush=True)
-    record = {"model": "VideoMAE ViT-B, one clip of 224 x 224, float32, AdamW", "limit_gib": options.gib}
-    record |= {"chunk_mib": CHUNK_MIB, "commit": commit(), "versions": versions(), "runs": runs}
+    record = {
+        "model": "VideoMAE ViT-B, one clip of 224 x 224, float32, AdamW",
+        "chunk_mib": CHUNK_MIB,
+        "commit": commit(),
+        "versions": versions(),
+        "runs": runs,
+    }
     (options.output / "proof_memory.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.output / "proof_memory.md").write_text(page(record))
     print(options.output / "proof_memory.md")
@@ -120,7 +127,7 @@ def main() -> None:
 
 def line_of(run: dict[str, Any]) -> str:
     """One row of the table."""
-    cells = [str(run["frames"]), run["method"]]
+    cells = [f"{run['limit_gib']:g}", str(run["frames"]), run["method"]]
     cells += [f"{run[k] / 2**30:.2f}" if run.get(k) else "-" for k in ("predicted", "mapped")]
     error = re.sub(r"\[enforce fail [^]]*\] \S+ == \S+ ", "", run["error"] or "")  # where in torch's source
     outcome = f"finished, loss {run['loss']:.4f}" if run["done"] else f"died: {error}"
@@ -132,13 +139,13 @@ def page(record: dict[str, Any]) -> str:
     rows = "\n".join(line_of(run) for run in record["runs"])
     return f"""# One real training step under a hard limit of memory
 
-{record["model"]}; at most {record["limit_gib"]:g} GiB of address space
-besides that of the libraries; dr2net exact at (7/8, 1/8), chunks of {record["chunk_mib"]} MiB. Made by
+{record["model"]}; dr2net exact at (7/8, 1/8) in
+chunks of {record["chunk_mib"]} MiB. Limit: address space besides that of the libraries. Made by
 `python -m scripts.prove_memory` (commit {record["commit"]}), whose docstring says how. Predicted: live tensor bytes at
 the peak (the planner). Mapped: the most address space that the process had on top of the libraries'.
 
-| frames | method | predicted GiB | mapped GiB | seconds | |
-|---|---|---|---|---|---|
+| limit GiB | frames | method | predicted GiB | mapped GiB | seconds | |
+|---|---|---|---|---|---|---|
 {rows}
 """
 

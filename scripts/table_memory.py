@@ -221,13 +221,13 @@ def records_table() -> str:
 def page(parts: dict[str, dict[str, Any]]) -> str:
     """results/memory.md."""
     rows = {name: part["rows"] for name, part in parts.items()}
-    commits = ", ".join(f"{name} {part['commit']}" for name, part in parts.items())
+    commits = "commit " + ", ".join(sorted({part["commit"] for part in parts.values()}))
     return f"""# Memory of a training step
 
-Made by `bash scripts/table_memory.sh` (commits: {commits}). Live tensor bytes at the peak of forward, backward and, but
-for the first table, AdamW. Predicted from fake tensors unless a column says measured; nothing here was run on a GPU. GB
-are 10^9 bytes, GiB 2^30. What the methods are: `common/dr2net/planner.py`; chunks are of 256 MiB unless a line says
-otherwise. Stored: alive at the end of forward; temporaries: not yet; together they are the activations.
+Made by `bash scripts/table_memory.sh` ({commits}). Live tensor bytes at the peak of forward, backward and, where not
+said otherwise, AdamW. Predicted from fake tensors unless a column says measured; nothing here was run on a GPU. GB are
+10^9 bytes, GiB 2^30. What the methods are: `common/dr2net/planner.py`; chunks are of 256 MiB unless a line says
+otherwise. Stored: alive at the end of forward too; temporaries: not; together they are the activations.
 
 ## 30 seconds of video
 
@@ -307,7 +307,9 @@ def main() -> None:
     panels = [(f"frames, {name}", curves(parts["frames"]["rows"], name)) for name in SWIN]
     title = "one clip of 224 x 224, float32, AdamW, predicted"
     planner.draw(options.output / "memory_frames.png", panels, title)
-    panels = [("blocks", curves(parts["depth"]["rows"], "ViT, width 768"))]
+    deep = curves(parts["depth"]["rows"], "ViT, width 768")
+    lean = {method: curve for method, curve in deep.items() if method not in ("conventional", "lora")}
+    panels = [("blocks", deep), ("blocks: the lean methods", lean)]
     title = "ViT of width 768, 1568 tokens, batch 16, float32, AdamW, predicted"
     planner.draw(options.output / "memory_depth.png", panels, title)
     (options.output / "memory.md").write_text(page(parts))

@@ -33,6 +33,7 @@ from dr2net.reversible import Inversion
 
 INVERSIONS = get_args(Inversion)
 T = TypeVar("T")
+PICTURES = (".png", ".pdf", ".svg")
 DEPTHS = (6, 12, 24, 36, 48)  # of the plot
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -99,6 +100,8 @@ def _plan(options: argparse.Namespace) -> None:
     grown = _parse_grow(options.grow, shape)
     if not 0 <= options.chunk_mib < math.inf:
         raise ValueError(f"--chunk-mib {options.chunk_mib:g} is no size; write a number of MiB, or 0 for no chunks")
+    if options.plot and FilePath(options.plot).suffix not in PICTURES:
+        raise ValueError(f"--plot {options.plot} is no picture; name a file that ends in {', '.join(PICTURES)}")
     if options.calibrate and not torch.cuda.is_available():
         raise ValueError("--calibrate trains on a GPU, and torch sees none here; leave it out to predict only")
     setting = Setting(
@@ -107,7 +110,9 @@ def _plan(options: argparse.Namespace) -> None:
     phases = planner.phases(_schedule(options), setting)
     model = find_model(options.model)().train()
     rows, moving, curves, omitted, calibrated = [], [], {}, {}, []
-    for method in planner.METHODS[: None if options.chunk_mib else -2]:
+    for method in planner.METHODS:
+        if method.endswith(", chunks") and not options.chunk_mib:
+            continue
         settings = [replace(setting, coefficients=phase.coefficients) for phase in phases]
         if not method.startswith("dr2net"):
             settings = settings[:1]

@@ -177,12 +177,16 @@ def _tensors(output: object) -> list[Tensor]:
 
 
 def phases(schedule: dr2net.Schedule, setting: Setting, samples: int = 200) -> list[Phase]:
-    """The schedule's stretches of equal memory, found at `samples` + 1 points of the progress; one of each kind."""
-    found: dict[tuple[bool, str], Phase] = {}
+    """The schedule's stretches of equal memory, found at `samples` + 1 points of the progress; one of each kind.
+
+    Besides what is kept, it matters whether alpha is 0, and to exact inversion whether beta is 1 over an integer.
+    """
+    found: dict[tuple[bool, bool, str], Phase] = {}
     for index in range(samples + 1):
         alpha, beta = schedule.at(index / samples)
         kept = _kept(alpha, beta, setting)
-        found.setdefault((alpha == 0, kept), Phase(index / samples, (alpha, beta), kept))
+        simple = setting.inversion == "exact" and exact.rational(beta).numerator == 1
+        found.setdefault((alpha == 0, simple, kept), Phase(index / samples, (alpha, beta), kept))
     return list(found.values())
 
 
@@ -215,7 +219,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
     budgets = [gb * 10**9 / 2**30 for gb in BUDGETS_GB]
     for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         top = max(num_bytes for curve in curves.values() for _, num_bytes in curve) / 2**30
-        shown = [budget for budget in budgets if budget <= 1.1 * max(top, budgets[0])]
+        shown = [budget for budget in budgets if budget <= 1.3 * max(top, budgets[0])]
         top = min(1.08 * max(top, *shown), 1.25 * budgets[-1])  # what leaves the picture fits on no card
         right = max(size for curve in curves.values() for size, _ in curve)
         for gb, budget in zip(BUDGETS_GB, shown, strict=False):
@@ -225,8 +229,9 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
         for method, curve in curves.items():
             color, style = STYLES[method]
             sizes, peaks = zip(*((size, num_bytes / 2**30) for size, num_bytes in curve), strict=True)
-            axes.plot(sizes, peaks, style, color=color, markersize=4, linewidth=1.5, label=method)
+            size = 6 if method.startswith("reversible") else 4  # dr2net often lies on it
+            axes.plot(sizes, peaks, style, color=color, markersize=size, linewidth=1.5, label=method)
         axes.set(xlabel=label, ylabel="peak of a training step, GiB", ylim=(0, top), xlim=(0, 1.03 * right))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right center")
     figure.savefig(path, dpi=150)

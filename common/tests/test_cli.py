@@ -54,7 +54,7 @@ def plan(capsys, command: str) -> str:
 
 def test_plan_lists_every_method_with_its_split_and_largest_batch(factory: str, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    printed = plan(capsys, f"--model {factory}:small --input 64x3x32x32 --budget 8MiB")
+    printed = plan(capsys, f"--model {factory}:small --input 64x3x32x32 --budget 8MiB --optimizer sgd")
     rows = table(printed.split("omitted")[0], "method")
     assert list(rows) == [method for method in METHODS if method != "lora"]
     for peak, *parts, fits, most in rows.values():
@@ -92,8 +92,7 @@ def test_plan_gives_zero_where_not_even_one_fits(factory: str, capsys) -> None:
 
 
 def test_plan_shows_each_phase_of_a_schedule_and_takes_the_worst(factory: str, capsys) -> None:
-    command = f"--model {factory}:small --input 512x3x32x32 --start 15/16,1/16 --end 0,1 --chunk-mib 0 --optimizer sgd"
-    printed = plan(capsys, command)
+    printed = plan(capsys, f"--model {factory}:small --input 512x3x32x32 --start 1,0.1 --end 0,1 --chunk-mib 0")
     rows = table(printed, "from")
     assert [row[2] for row in rows.values()] == ["4 bits", "3 bits", "2 bits", "1 bit", "nothing"]
     peaks = [float(row[3].split()[0]) for row in rows.values()]
@@ -103,9 +102,9 @@ def test_plan_shows_each_phase_of_a_schedule_and_takes_the_worst(factory: str, c
 
 def test_plan_draws_peaks_against_size_and_depth(factory: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dr2net.cli.DEPTHS", (1, 2))
-    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("dr2net.planner.METHODS", ("conventional", "dr2net"))
     picture = tmp_path / "peaks.png"
-    plan(capsys, f"--model {factory}:small --input 1x3x32x32 --budget 2MiB --chunk-mib 0 --plot {picture}")
+    plan(capsys, f"--model {factory}:small --input 1x3x32x32 --budget 2MiB --plot {picture}")
     width, height = (int.from_bytes(picture.read_bytes()[start : start + 4], "big") for start in (16, 20))
     assert width > 2 * height  # of a PNG: two panels side by side
 
@@ -150,7 +149,7 @@ def test_check_says_where_the_exact_inversion_overflows(factory: str, capsys) ->
         ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib=-1", "--chunk-mib -1 is no size"),
         ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib nan", "--chunk-mib nan is no size"),
         ("plan --model FACTORY:small --input 1x3x32x32 --calibrate", "torch sees none here"),
-        ("plan --model FACTORY:convolution --input 1x3x8x8 --plot x.txt", "--plot x.txt"),
+        ("plan --model FACTORY:convolution --input 1x3x8x8 --plot x.txt", "--plot x.txt is no picture"),
         ("plan --model FACTORY:small --input 999999999x3x32x999999999", "does not run on an input of"),
         ("check --model FACTORY:small --input 1x3x32x32 --start 1", "is not alpha,beta"),
         ("check --model FACTORY:small --input 1x3x32x32 --pretrained", "--pretrained works for timm and torchvision"),

@@ -55,7 +55,7 @@ def test_stored_is_what_lives_at_the_end_of_forward_and_temporaries_are_the_rest
         y.sum().backward()
 
     for memory in (measure(step, model), predict(step, model)):
-        assert memory.stored in (8000, 12_000)  # y itself dies only when the step returns
+        assert memory.stored == pytest.approx(12_000, abs=16)  # with y itself, and the scalars that begin backward
         assert memory.temporaries > 4000 and memory.stored + memory.temporaries == memory.activations
 
 
