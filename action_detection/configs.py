@@ -228,8 +228,8 @@ def anet_swint_vsgn(method: Method) -> Config:
 def anet_slowfast101(method: Method) -> Config:
     """ActivityNet-1.3, SlowFast-101, ActionFormer head: Re2TAL's second backbone. Not run here.
 
-    Published (OpenTAD): 37.35 average mAP plain, 37.55 with Re2TAL. Weights: pytorchvideo's checkpoint SLOWFAST_8x8_R101, put
-    there or given with --model.weights FILE. Batch norm statistics are frozen, as there.
+    Published (OpenTAD): 37.35 average mAP plain, 37.55 with Re2TAL. Weights: pytorchvideo's checkpoint
+    SLOWFAST_8x8_R101, put there or given with --model.weights FILE. Batch norm statistics are frozen, as there.
     """
     base = anet_swint(method)
     model = replace(base.model, backbone="slowfast101", weights="data/slowfast_r101.pyth", drop_path=0.0)
