@@ -184,6 +184,7 @@ def differentiate(
             if value is not None:
                 value = value.to(_sum_dtype(inputs[k]))
                 sums[k] = value if sums[k] is None else sums[k] + value  # `value` may be shared: not in place
+            del value  # the next chunk is to find the sums only
     of_shared = [sums.pop(0) if leaf.requires_grad else None for leaf in leaves]
     pairs = [(s, g.to(s.dtype)) for s, g in zip(shared, of_shared, strict=True) if g is not None]
     if pairs:

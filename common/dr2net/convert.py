@@ -54,7 +54,8 @@ def convert(
     tolerance: relative gradient error above which "float" warns and below which "anchored" stays.
     store: keep all activations (the reference; no memory is saved).
     chunk_mib: run and differentiate branches in chunks of about so many MiB (`chunks.py`), torchvision's window
-        attention fused. None: each as a whole, by the model's own code. Smaller needs less memory and more time.
+        attention fused. None: each as a whole, by the model's own code to the last bit. 256, with `recompute_rest`, is
+        the setting for hierarchical networks and long inputs.
     recompute_rest: checkpoint what stands outside the sequences (patch embedding and merging, norms), except
         modules with buffers.
 

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_training import WIDTH, Backbone, toy_config, train
+from toy_training import WIDTH, Backbone, Toy, criterion, toy_config, train
 
 from dr2net import memory
 from dr2net.training import checkpoint, results
 from dr2net.training.config import METHODS, Finetuning, Optimization
 from dr2net.training.method import apply_method
 from dr2net.training.optimization import build_optimizer, refuse_in_backward, set_learning_rate, step_in_backward
+from dr2net.training.plan import plan_row
 
 ONE_FORWARD = {"micro_batch": 8}  # the global batch
 
@@ -90,3 +91,14 @@ def test_gradients_are_never_all_alive_at_once(method: str) -> None:
     assert ordinary.gradients == ordinary.parameters == ours.parameters
     assert ours.gradients < one_block < ordinary.gradients / 10
     assert ours.peak < ordinary.peak - 6 * one_block
+
+
+def test_the_prediction_of_a_row_has_the_optimizer_in_backward_too(tmp_path: Path) -> None:
+    def batch() -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(8, 4, WIDTH), "label": torch.zeros(8, dtype=torch.long)}
+
+    ours, ordinary = (
+        plan_row(config_of(tmp_path, "checkpointed", on), Toy(depth=12), criterion, batch) for on in (True, False)
+    )
+    assert ours.memory["gradients"] < ordinary.memory["parameters"] / 4
+    assert ours.memory["peak"] < ordinary.memory["peak"]

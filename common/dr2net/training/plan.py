@@ -9,6 +9,7 @@ here: time, metrics, accumulation (it would keep the gradients alive through all
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from dr2net import memory
 from dr2net.training import results
 from dr2net.training.method import apply_method, set_mode
-from dr2net.training.optimization import build_optimizer
+from dr2net.training.optimization import build_optimizer, step_in_backward
 
 Batch = dict[str, Any]
 
@@ -38,7 +39,8 @@ def plan_row(
         batch = make_batch()
         with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
             outputs = model(batch)
-        sum(criterion(outputs, batch).values()).backward()
+        with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
+            sum(criterion(outputs, batch).values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
