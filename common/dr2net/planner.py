@@ -216,7 +216,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
 
     figure = Figure(figsize=(2.2 + 4.8 * len(panels), 4.2), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    budgets = [gb * 10**9 / 2**30 for gb in BUDGETS_GB]
+    budgets, entries = [gb * 10**9 / 2**30 for gb in BUDGETS_GB], {}
     for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         top = max(num_bytes for curve in curves.values() for _, num_bytes in curve) / 2**30
         shown = [budget for budget in budgets if budget <= 1.3 * max(top, budgets[0])]
@@ -230,8 +230,8 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
             color, style = STYLES[method]
             sizes, peaks = zip(*((size, num_bytes / 2**30) for size, num_bytes in curve), strict=True)
             size = 6 if method.startswith("reversible") else 4  # dr2net often lies on it
-            axes.plot(sizes, peaks, style, color=color, markersize=size, linewidth=1.5, label=method)
+            entries[method] = axes.plot(sizes, peaks, style, color=color, markersize=size, linewidth=1.5)[0]
         axes.set(xlabel=label, ylabel="peak of a training step, GiB", ylim=(0, top), xlim=(0, 1.03 * right))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right center")
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")
     figure.savefig(path, dpi=150)
