@@ -117,8 +117,8 @@ def untrimmed_small(method: Method) -> Config:
 
     python -m action_detection.prepare --tiny && python -m action_detection.train untrimmed_small_dr2net
     110 training and 40 validation videos in windows of 96 frames of 56 x 56, 16 seconds. 216 steps take 6 to 10 minutes
-    on one core. Branches in chunks of 16 MiB need less memory than checkpointing and are as fast; whole ones are neither.
-    The numbers are in results/README.md.
+    on one core. Branches in chunks of 16 MiB need less memory than checkpointing and are as fast; whole ones are
+    neither. The numbers are in results/README.md.
     """
     return Config(
         row=f"untrimmed_small_{method}",
