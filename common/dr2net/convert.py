@@ -46,6 +46,7 @@ def convert(
     store: bool = False,
     chunk_mib: float | None = None,
     recompute_rest: bool = False,
+    parallel: bool = False,
 ) -> Report:
     """Make the residual blocks of `model` reversible, in place.
 
@@ -58,6 +59,8 @@ def convert(
         the setting for hierarchical networks and long inputs.
     recompute_rest: checkpoint what stands outside the sequences (patch embedding and merging, norms), except
         modules with buffers.
+    parallel: on CUDA, recompute a branch on another stream while the one behind it is differentiated: the insides of
+        two branches are alive. For branches that are not in chunks. Its logic is tested on a CPU; not run on a GPU.
 
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
     converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
@@ -75,6 +78,7 @@ def convert(
             tolerance=tolerance,
             store=store,
             chunk_mib=chunk_mib,
+            parallel=parallel,
         )
         blocks = 0
         for child, block in container._modules.items():

@@ -3,7 +3,8 @@ keep.
 
     forward   x_i = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}
     backward  recompute F_i at x_{i-1}, differentiate it, rebuild x_{i-2}, hand (x_{i-1}, x_{i-2}) to node i - 1
-              (in chunks, if the branch allows it and the sequence asks for it: `chunks.py`)
+              (in chunks, if the branch allows it and the sequence asks for it: `chunks.py`; or with F_{i-1} recomputed
+              while F_i is differentiated, if the sequence asks for that)
 
 Only the last node of a run, anchors, and with exact inversion the remainders and checksums are saved, all of it through
 `ctx.save_for_backward`. The chain of nodes is strictly sequential: x_{i-1} is an input of nodes i and i + 1, so node i
@@ -17,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,20 @@ class Tape:
     owned: bool = False  # the first of them is nobody else's and may be overwritten
     side: list[Tensor] = field(default_factory=list)
     checks: list[tuple[str, Tensor]] = field(default_factory=list)  # did each branch recompute the same?
+    parallel: bool = False  # recompute a branch while the one behind it is differentiated
+    nodes: WeakValueDictionary = field(default_factory=WeakValueDictionary)  # by index: what can be recomputed ahead
+    ahead: "Recomputed | None" = None  # of the node that comes next
+    cuda_streams: "list[torch.cuda.Stream]" = field(default_factory=list)
+
+
+@dataclass
+class Recomputed:
+    """F at x_{i-1} once more, with its graph."""
+
+    x: Tensor
+    side: list[Tensor]
+    f: Tensor
+    cuda_stream: "torch.cuda.Stream | None" = None  # where it is being computed
 
 
 @dataclass
@@ -64,6 +80,7 @@ class Node:
     parameters: list[nn.Parameter]
     chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
+    needs: tuple[bool, ...] = ()  # whether x, and each tensor of the side, wants a gradient
     autocast: dict[str, Any] = field(default_factory=dict)
     random: rng.States | None = None
 
@@ -87,6 +104,21 @@ class Node:
         if version_of(x) != version:
             raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
         return f
+
+    def recompute(self, x: Tensor, side: list[Tensor]) -> Recomputed:
+        """What `call` computed in forward, to be differentiated. Called without gradients."""
+        self.refuse_changed_parameters()
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
+        with torch.enable_grad(), rng.replay(self.random, x), _buffers_kept(self.branch):
+            return Recomputed(inputs[0], inputs[1:], self.call(inputs[0], [t.view_as(t) for t in inputs[1:]]))
+
+    def refuse_changed_parameters(self) -> None:
+        for parameter, version in zip(self.parameters, self.versions, strict=True):
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"a parameter of branch {self.name}, shape {tuple(parameter.shape)}, was changed in place between "
+                    "forward and backward, so the branch cannot be recomputed; step the optimizer after backward"
+                )
 
     def surroundings(self) -> ExitStack:
         """The contexts in which the branch is computed, the first time and again."""
@@ -137,7 +169,10 @@ class DualResidual(torch.autograd.Function):
         if node.recording:
             node.random = rng.drawn(states, x)
             node.versions = [parameter._version for parameter in node.parameters]
+            node.needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
             ctx.node = node
+            if node.tape.parallel and node.chunks is None and not node.own_side:
+                node.tape.nodes[node.index] = node
         if not node.exact:
             following = coupling.step(f, x, previous, node.alpha, node.beta)
             if node.recording:
@@ -167,6 +202,7 @@ class DualResidual(torch.autograd.Function):
         num_streams = 3 if node.exact else 2
         if node.keeps:
             streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
+            tape.ahead = None  # of a backward that was broken off
         elif tape.index == node.index:
             streams, owned = tape.streams, tape.owned
         else:
@@ -175,27 +211,26 @@ class DualResidual(torch.autograd.Function):
                 "kept; let the loss depend on the sequence's output, or convert with store=True"
             )
         tape.index, tape.streams = None, ()
-        for parameter, version in zip(node.parameters, node.versions, strict=True):
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"a parameter of branch {node.name}, shape {tuple(parameter.shape)}, was changed in place between "
-                    "forward and backward, so the branch cannot be recomputed; step the optimizer after backward"
-                )
-        needs = ctx.needs_input_grad[6:]
-        x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
+        done, tape.ahead = tape.ahead, None
+        if done is not None:
+            x = done.x.detach()
+            if done.cuda_stream is not None:
+                torch.cuda.current_stream(x.device).wait_stream(done.cuda_stream)
+        else:
+            x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
         grad = torch.zeros_like(x) if grad is None else grad
-        x_in = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        side = [
-            t.detach().requires_grad_(need) for t, need in zip(own if node.own_side else tape.side, needs, strict=False)
-        ]
-        with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
-            if node.chunks is None:
-                f = node.call(x_in, [t.view_as(t) for t in side])
-            else:
+        if node.chunks is None:
+            done = done or node.recompute(x, own if node.own_side else tape.side)
+            x_in, side, f = done.x, done.side, done.f
+            del done
+        else:
+            node.refuse_changed_parameters()
+            x_in = x.detach().requires_grad_(node.needs[0])
+            with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
                 f, grad_x, of_parameters = differentiate(
                     node.chunks, x_in, grad, node.dtype, node.alpha, node.parameters, node.surroundings
                 )
-                del x_in
+            del x_in
 
         if node.exact:
             q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2], out=f if node.chunks is not None else None)
@@ -210,6 +245,7 @@ class DualResidual(torch.autograd.Function):
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
         if node.inverts:
             tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
+            _recompute_ahead(tape)
         else:
             _verify(tape)
         del streams, saved, words
@@ -228,11 +264,35 @@ class DualResidual(torch.autograd.Function):
                 grad_x = grad * node.alpha if grad_x is None else (grad * node.alpha).add_(grad_x)
         else:
             del f
-            results = [*[None] * len(side), *of_parameters]
+            results = [*[None] * len(node.tensor_at), *of_parameters]
         grad_previous = None
         if ctx.needs_input_grad[1] and ctx.needs_input_grad[2] and node.beta != 0:
             grad_previous = grad if node.beta == 1 else grad * float(node.beta)
         return None, grad_x, grad_previous, None, None, None, *results
+
+
+def _recompute_ahead(tape: Tape) -> None:
+    """With `parallel`: start to recompute the branch that comes next, whose streams are there now.
+
+    On CUDA two streams take turns, because the backward of an operator runs where its forward ran: while the branch at
+    hand is differentiated on one, the next is recomputed on the other. Each waits for the node's own stream before it
+    starts and is waited for before its results are read, so that no tensor is handed back while another stream needs
+    it. Elsewhere it happens at once: the same logic, one after the other.
+    """
+    node = tape.nodes.get(tape.index)
+    if node is None:
+        return
+    stream, x = None, tape.streams[1]
+    if x.device.type == "cuda":
+        if not tape.cuda_streams:
+            tape.cuda_streams = [torch.cuda.Stream(x.device), torch.cuda.Stream(x.device)]
+        stream = tape.cuda_streams[node.index % 2]
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):  # of None: nothing
+        if node.exact:
+            x = exact.decode(x, tape.streams[2])
+        tape.ahead = node.recompute(x, tape.side)
+    tape.ahead.cuda_stream = stream
 
 
 def _verify(tape: Tape) -> None:
