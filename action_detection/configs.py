@@ -8,7 +8,6 @@ function of three lines plus its name in `FAMILIES`. Paths are relative to the r
 commands are run.
 """
 
-import difflib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 
 from action_detection.data import Data
 from action_detection.metric import ACTIVITYNET_TIOU
+from dr2net.training.command import find_row
 from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Preset, Run
 
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # made by scripts/make_swin_weights.sh
@@ -253,8 +253,4 @@ ROWS = {f"{family.__name__}_{method}": partial(family, method) for family in FAM
 
 def row(name: str) -> Config:
     """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
-    if name not in ROWS:
-        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(ROWS))}"
-        raise ValueError(f"no row {name!r}; {hint}")
-    return ROWS[name]()
+    return find_row(ROWS, name)

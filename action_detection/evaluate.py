@@ -29,7 +29,7 @@ from action_detection.model import ActionDetector, build_model, without_weights
 from action_detection.ops import Window, soft_nms
 from dr2net.training.command import config_of_checkpoint, run_command
 from dr2net.training.data import gather, to_device
-from dr2net.training.method import load_trained
+from dr2net.training.method import autocast, load_trained
 
 __all__ = ["build_evaluate", "evaluate_files"]
 
@@ -218,12 +218,6 @@ def load_detector(run: Path, device: torch.device) -> tuple[Config, ActionDetect
     return config, model.to(device)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The precision in which the row was trained."""
-    dtype = torch.float16 if config.optimization.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=config.optimization.precision != "fp32")
-
-
 def parse_tiou(text: str) -> tuple[float, ...]:
     """ "0.5:0.95:10", first, last and how many, evenly spaced as by the official script; or "0.3,0.5". ValueError."""
     try:
@@ -265,7 +259,7 @@ def main(words: list[str]) -> None:
         config = replace(config, data=replace(config.data, root=arguments.root))
     annotations = read_annotations(config.data)
     class_scores = read_class_scores(config, annotations)
-    with autocast(config, device):
+    with autocast(config.optimization.precision, device):
         windows = detect_windows(model, build_test_loader(config), config.detection)
     found = detections(windows, config.detection, class_scores)
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(config, annotations, found).items())

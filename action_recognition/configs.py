@@ -13,13 +13,13 @@ plus its name in `FAMILIES`. A row of an ablation has its setting behind the met
 Paths are relative to the root of the repository, where the commands are run.
 """
 
-import difflib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from action_recognition.data import Data
+from dr2net.training.command import find_row
 from dr2net.training.config import METHODS, CoefficientPath, Finetuning, Method, Optimization, Preset, Run
 
 TINY_WEIGHTS = "action_recognition/weights/tiny.safetensors"  # made by scripts/make_tiny_weights.sh
@@ -238,8 +238,4 @@ ROWS |= {"motion_vits_dr2net_float": motion_vits_float}
 
 def row(name: str) -> Config:
     """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
-    if name not in ROWS:
-        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(ROWS))}"
-        raise ValueError(f"no row {name!r}; {hint}")
-    return ROWS[name]()
+    return find_row(ROWS, name)

@@ -22,7 +22,7 @@ from action_recognition.head import merge_views
 from action_recognition.model import ActionRecognizer, build_model, without_weights
 from dr2net.training.command import config_of_checkpoint, run_command
 from dr2net.training.data import gather
-from dr2net.training.method import load_trained
+from dr2net.training.method import autocast, load_trained
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,6 @@ def load_recognizer(run: Path, device: torch.device) -> tuple[Config, ActionReco
     return config, model.to(device)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The precision in which the row was trained."""
-    dtype = torch.float16 if config.optimization.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=config.optimization.precision != "fp32")
-
-
 def main(words: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +140,7 @@ def main(words: list[str]) -> None:
     config, model = load_recognizer(arguments.run, device)
     if arguments.root is not None:
         config = replace(config, data=replace(config.data, root=arguments.root))
-    with autocast(config, device):
+    with autocast(config.optimization.precision, device):
         views = predict_views(model, build_test_loader(config))
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(views).items())
     print(f"{config.row} seed {config.run.seed}: {metrics}")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from action_recognition.configs import Config
 from action_recognition.data import class_names, clip_indices, read_clip
-from action_recognition.evaluate import autocast, load_recognizer
+from action_recognition.evaluate import load_recognizer
 from action_recognition.head import merge_views
 from dr2net.training.command import run_command
+from dr2net.training.method import autocast
 from dr2net.training.video import probe, read_frames, write_video
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def classify(config: Config, model: nn.Module, video: Path) -> Tensor:
     data = config.data
     segments, crops = data.test_segments, data.test_crops
     views = torch.stack([read_clip(data, video, None, view, segments, crops) for view in range(segments * crops)])
-    with torch.no_grad(), autocast(config, device):
+    with torch.no_grad(), autocast(config.optimization.precision, device):
         logits = torch.cat(
             [model({"video": view})["logits"].float() for view in views.to(device).split(config.run.micro_batch)]
         )

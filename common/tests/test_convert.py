@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_zoo import FAMILIES, run
 from torch import Tensor, nn
-from toy_blocks import ToyBlock, build_input, build_net, gradients, relative, stored
+from toy_blocks import WIDTH, ToyBlock, build_input, build_net, gradients, relative, stored
 
 import dr2net
 
@@ -135,18 +135,40 @@ def test_ordinary_blocks_between_reversible_ones_end_a_run_and_start_another() -
     assert relative(gradients(net), gradients(plain)) < 1e-10  # float64
 
 
-def test_a_block_without_a_residual_has_alpha_zero() -> None:
-    import torchvision
-
-    block = torchvision.models.resnet.BasicBlock(4, 4).double().eval()
+def two_blocks(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A network of two blocks converted at (.9, .5), and the plain one."""
     net = nn.Module()
-    net.blocks = nn.Sequential(block, copy.deepcopy(block))
+    net.blocks = nn.Sequential(block, copy.deepcopy(block)).double().eval()
     plain = copy.deepcopy(net)
     dr2net.convert(net, inversion="float")
     dr2net.set_coefficients(net, 0.9, 0.5)
-    x = build_input(2, 4, 6, 6)
+    return net, plain
+
+
+class NoResidual(nn.Linear):
+    """A block that is all branch."""
+
+
+@dr2net.branches_of.register
+def _(block: NoResidual):
+    return (dr2net.Branch("block", lambda x: nn.Linear.forward(block, x), (block,), residual=False),)
+
+
+def test_a_block_without_a_residual_has_alpha_zero() -> None:
+    net, plain = two_blocks(NoResidual(WIDTH, WIDTH))
+    x = build_input()
     first = plain.blocks[0](x) + 0.5 * x
     torch.testing.assert_close(net.blocks(x), plain.blocks[1](first) + 0.5 * x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_branch_of_a_post_activation_block_is_what_it_adds_to_its_input() -> None:
+    from torchvision.models.resnet import BasicBlock
+
+    net, plain = two_blocks(BasicBlock(4, 4))
+    x = build_input(2, 4, 6, 6)
+    first = plain.blocks[0](x) + (0.9 - 1 + 0.5) * x
+    expected = plain.blocks[1](first) + (0.9 - 1) * first + 0.5 * x
+    torch.testing.assert_close(net.blocks(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_to_convert_names_the_blocks_and_the_remedy() -> None:

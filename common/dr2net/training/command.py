@@ -9,10 +9,11 @@ stand in <task>/configs.py.
 
 import argparse
 import dataclasses
+import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,15 @@ def parse_config(row: Callable[[str], C], arguments: Sequence[str]) -> C:
     if (parsed.row, parsed.finetuning.method) != (config.row, config.finetuning.method):
         raise ValueError("a row's name says its method: change them with `ROW --method METHOD`, not field by field")
     return parsed
+
+
+def find_row(rows: Mapping[str, Callable[[], C]], name: str) -> C:
+    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
+    if name not in rows:
+        near = difflib.get_close_matches(name, rows, n=3, cutoff=0.3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(rows))}"
+        raise ValueError(f"no row {name!r}; {hint}")
+    return rows[name]()
 
 
 def with_method(name: str, method: str) -> str:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import dr2net
 from dr2net.training import checkpoint
-from dr2net.training.config import Finetuning
+from dr2net.training.config import Finetuning, Precision
 from dr2net.training.log import Log
 
 REVERSIBLE = ("reversible", "dr2net")  # the methods with coefficients, and with a gradient error to guard
@@ -69,6 +70,12 @@ def set_mode(model: nn.Module, finetuning: Finetuning) -> None:
     model.train()
     if finetuning.method == "frozen":
         model.backbone.eval()
+
+
+def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
+    """The context in which a row of this precision computes; for fp32 it does nothing."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32")
 
 
 def check_gradient(

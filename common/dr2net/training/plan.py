@@ -14,12 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dr2net import memory
 from dr2net.training import results
-from dr2net.training.method import apply_method, set_mode
+from dr2net.training.method import apply_method, autocast, set_mode
 from dr2net.training.optimization import build_optimizer, step_in_backward
 
 Batch = dict[str, Any]
@@ -32,12 +31,10 @@ def plan_row(
     apply_method(model.backbone, config.finetuning)
     set_mode(model, config.finetuning)
     optimizer = build_optimizer(model, config.optimization)
-    precision = config.optimization.precision
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
 
     def step() -> None:
         batch = make_batch()
-        with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
+        with autocast(config.optimization.precision, "cpu"):
             outputs = model(batch)
         with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
             sum(criterion(outputs, batch).values()).backward()
