@@ -2,19 +2,24 @@
 
     {"database": {id: {"duration", "subset", "annotations": [{"label", "segment": [start, end]}]}}}
 
-The classes are the labels of the whole file, sorted, or the lines of category_idx.txt beside it, sorted. Not here:
-which videos a run uses, and what becomes of odd segments (`read_annotations` in data.py).
+The classes are the labels of the whole file, sorted, or the lines of category_idx.txt beside it, sorted. Also the class
+scores of outside classifiers. Not here: which videos a run uses, and what becomes of odd segments (`read_annotations`
+in data.py).
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 LABELS = "category_idx.txt"  # optional, beside the annotations: one class a line
 NOT_CLASSES = ("Ambiguous",)  # THUMOS-14 marks uncertain times so; they are neither trained on nor scored
+
+ClassScores = dict[str, np.ndarray]  # per video (K,) float64, in the order of the class names
 
 
 class Video(NamedTuple):
@@ -62,6 +67,43 @@ def read_blocked(file: Path) -> set[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: is not a JSON list of video names")
     return set(names)
+
+
+def read_class_scores(
+    file: Path, class_names: tuple[str, ...], videos: list[str], sha256: str | None = None
+) -> ClassScores:
+    """Video-level scores of an outside classifier for `videos`, in the order of `class_names`.
+
+    JSON, the form of CUHK's cuhk_val_simp_share.json: {"class": [names], "results": {video id: [one score per class]}}
+    ("classes" for "class" is taken too). Classes are found by name. Raises FileNotFoundError, or ValueError: wrong
+    checksum, a class or a video missing, another number of scores, a score that is no finite number.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no class scores; put the file there or set detection.class_scores")
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise ValueError(f"{file} has sha256 {digest}, expected {sha256}: another label file, other results")
+    try:
+        data = json.loads(content)
+        columns = {name: k for k, name in enumerate(data["class"] if "class" in data else data["classes"])}
+        results = data["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file}: want JSON {{"class": [names], "results": {{id: [scores]}}}} ({error!r})') from error
+    if absent := [name for name in class_names if name not in columns]:
+        raise ValueError(f"{file}: no scores for {len(absent)} classes, among them {', '.join(absent[:5])}")
+    if absent := [name for name in videos if name not in results]:
+        raise ValueError(
+            f"{file}: no scores for {len(absent)} of {len(videos)} test videos, among them {', '.join(absent[:5])}; "
+            "add them, or take the videos out of the annotation file"
+        )
+    scores = {}
+    for name in videos:
+        row = np.asarray(results[name])
+        if row.shape != (len(columns),) or row.dtype.kind not in "if" or not np.isfinite(row).all():
+            raise ValueError(f"{file}: video {name}: want {len(columns)} finite numbers, got {str(results[name])[:60]}")
+        scores[name] = row.astype(np.float64)[[columns[own] for own in class_names]]
+    return scores
 
 
 def _load(file: Path) -> Any:

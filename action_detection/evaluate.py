@@ -10,7 +10,6 @@ of a video together, each once, then suppression (`ops.py`), then, for a class-a
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from action_detection.annotations import Annotations, read_blocked
+from action_detection.annotations import Annotations, ClassScores, read_blocked, read_class_scores
 from action_detection.configs import Config, Detection
 from action_detection.data import build_test_loader, read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
@@ -32,9 +31,6 @@ from dr2net.training.data import gather, to_device
 from dr2net.training.method import autocast, load_trained
 
 __all__ = ["build_evaluate", "evaluate_files"]
-
-# Class scores of one video: (K,), in the order of the annotation file's class names.
-ClassScores = dict[str, np.ndarray]
 
 
 class Detected(NamedTuple):
@@ -52,7 +48,7 @@ def build_evaluate(config: Config) -> Callable[[nn.Module, Iterable[dict]], dict
     annotations or class scores are missing or do not fit.
     """
     annotations = read_annotations(config.data)
-    class_scores = read_class_scores(config, annotations)
+    class_scores = class_scores_of(config, annotations)
     if not any(len(video.labels) for video in test_videos(config, annotations).values()):
         raise ValueError(f"subset {config.data.test_subset!r} has no annotated actions: set data.test_subset")
 
@@ -151,14 +147,12 @@ def named(result: dict[str, Any], tiou: Iterable[float]) -> dict[str, float]:
     return {"average_mAP": 100 * result["average_mAP"], **per_threshold}
 
 
-def read_class_scores(config: Config, annotations: Annotations) -> ClassScores | None:
-    """Video-level scores of an outside classifier for the test videos, in the order of the class names; None without.
+def class_scores_of(config: Config, annotations: Annotations) -> ClassScores | None:
+    """Outside class scores of the test videos; None for a network that knows its classes.
 
-    JSON, the form of CUHK's cuhk_val_simp_share.json: {"class": [names], "results": {video id: [one score per class]}}
-    ("classes" for "class" is taken too). Classes are found by name. Raises FileNotFoundError, or ValueError: wrong
-    checksum, a class or a test video missing, another number of scores, a score that is no finite number.
+    Raises as `read_class_scores`, and ValueError where only one of the two is configured.
     """
-    path, names = config.detection.class_scores, annotations.class_names
+    path = config.detection.class_scores
     if (path is not None) != config.model.class_agnostic:
         raise ValueError(
             "model.class_agnostic and detection.class_scores need each other: "
@@ -166,33 +160,8 @@ def read_class_scores(config: Config, annotations: Annotations) -> ClassScores |
         )
     if path is None:
         return None
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no class scores; put the file there or set detection.class_scores")
-    content = path.read_bytes()
-    digest, expected = hashlib.sha256(content).hexdigest(), config.detection.class_scores_sha256
-    if expected is not None and digest != expected:
-        raise ValueError(f"{path} has sha256 {digest}, expected {expected}: another label file, other results")
-    try:
-        data = json.loads(content)
-        columns = {name: k for k, name in enumerate(data["class"] if "class" in data else data["classes"])}
-        results = data["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: want JSON {{"class": [names], "results": {{id: [scores]}}}} ({error!r})') from error
-    if absent := [name for name in names if name not in columns]:
-        raise ValueError(f"{path}: no scores for {len(absent)} classes, among them {', '.join(absent[:5])}")
-    videos = test_videos(config, annotations)
-    if absent := [name for name in videos if name not in results]:
-        raise ValueError(
-            f"{path}: no scores for {len(absent)} of {len(videos)} test videos, among them {', '.join(absent[:5])}; "
-            "add them, or take the videos out of the annotation file"
-        )
-    scores = {}
-    for name in videos:
-        row = np.asarray(results[name])
-        if row.shape != (len(columns),) or row.dtype.kind not in "if" or not np.isfinite(row).all():
-            raise ValueError(f"{path}: video {name}: want {len(columns)} finite numbers, got {str(results[name])[:60]}")
-        scores[name] = row.astype(np.float64)[[columns[own] for own in names]]
-    return scores
+    videos = list(test_videos(config, annotations))
+    return read_class_scores(path, annotations.class_names, videos, config.detection.class_scores_sha256)
 
 
 def write_detections(path: Path, found: dict[str, Detected], class_names: tuple[str, ...]) -> None:
@@ -258,7 +227,7 @@ def main(words: list[str]) -> None:
     if arguments.root is not None:
         config = replace(config, data=replace(config.data, root=arguments.root))
     annotations = read_annotations(config.data)
-    class_scores = read_class_scores(config, annotations)
+    class_scores = class_scores_of(config, annotations)
     with autocast(config.optimization.precision, device):
         windows = detect_windows(model, build_test_loader(config), config.detection)
     found = detections(windows, config.detection, class_scores)

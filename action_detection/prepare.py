@@ -8,14 +8,13 @@ A check writes nothing, unless --lists says where. The exit status is 0 if every
 if each subset has a video that can be used. scripts/download_activitynet.sh and download_thumos14.sh do the rest.
 """
 
-import json
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from action_detection.annotations import read_database
+from action_detection.annotations import read_class_scores, read_database
 from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
 from action_detection.data import VIDEO_FOLDER, Data, annotation_file, find_files, read_annotations
 from dr2net.training.jobs import damage, name_some, progress_bar, run_jobs, write_json
@@ -110,30 +109,11 @@ def check(
                 problems.append(f"{name}: {counts.get(name, 0)} instead of the announced {expected}")
     if class_scores is not None:
         tested = [name for name, video in annotations.videos.items() if video.subset == data.test_subset]
-        problems += check_class_scores(class_scores, annotations.class_names, tested)
+        try:
+            read_class_scores(class_scores, annotations.class_names, tested)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
     return Check(counts, problems, empty)
-
-
-def check_class_scores(file: Path, class_names: tuple[str, ...], videos: list[str]) -> list[str]:
-    """What a file of video-level class scores lacks: {"class": [names], "results": {id: [one score per class]}}.
-
-    Raises FileNotFoundError, or ValueError for a file of another form.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file of class scores")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        classes, results = content.get("class", content.get("classes")), content["results"]
-        known, scored = set(classes), set(results)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        expected = '{"class": [names], "results": {video id: [one score per class]}}'
-        raise ValueError(f"{file}: is not JSON of the form {expected} ({error!r})") from error
-    problems: list[str] = []
-    name_some(problems, [name for name in class_names if name not in known], None, f"classes are not in {file}")
-    name_some(problems, [name for name in videos if name not in scored], None, f"test videos have no scores in {file}")
-    odd = [name for name in videos if name in scored and len(results[name]) != len(classes)]
-    name_some(problems, odd, None, f"test videos have not {len(classes)} scores in {file}")
-    return problems
 
 
 def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise", "skip"] = "raise") -> Path:

@@ -7,20 +7,10 @@
 set -euo pipefail
 
 ROOT="data/kinetics400"
+source "$(dirname "${BASH_SOURCE[0]}")/download_common.sh"
 SPLITS="${SPLITS:-train val}"
-PYTHON="${PYTHON:-.venv/bin/python}"
 OPTIONS=()
+[ "$DRY_RUN" = 0 ] || OPTIONS=(--dry-run)
 
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) OPTIONS+=(--dry-run) ;;
-    -*) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
-    *) ROOT="$argument" ;;
-  esac
-done
-
-ROOT="$(realpath -m "$ROOT")"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="common:."
 # shellcheck disable=SC2086  # SPLITS is a list of words
 exec "$PYTHON" -m action_recognition.prepare --kind kinetics --root "$ROOT" --download --splits $SPLITS "${OPTIONS[@]}"

@@ -5,28 +5,11 @@
 set -euo pipefail
 
 ROOT="data/ssv2"
-PYTHON="${PYTHON:-.venv/bin/python}"
+source "$(dirname "${BASH_SOURCE[0]}")/download_common.sh"
 PARTS=(20bn-something-something-v2-00 20bn-something-something-v2-01)
 LABELS="20bn-something-something-download-package-labels.zip"
-DRY_RUN=0
 
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) DRY_RUN=1 ;;
-    -*) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
-    *) ROOT="$argument" ;;
-  esac
-done
-
-ROOT="$(realpath -m "$ROOT")"
-ARCHIVES="$ROOT/archives"
 VIDEOS="$ROOT/20bn-something-something-v2"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="common:."
-
-run() {
-  if [ "$DRY_RUN" = 1 ]; then printf 'would run:'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
-}
 
 unpack_videos() {
   # The parts are one gzipped tar, cut in pieces. GNU tar refuses names outside the folder.

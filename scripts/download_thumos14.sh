@@ -6,31 +6,13 @@
 set -euo pipefail
 
 ROOT="data/thumos14"
-PYTHON="${PYTHON:-.venv/bin/python}"
+source "$(dirname "${BASH_SOURCE[0]}")/download_common.sh"
 SITE="${SITE:-http://crcv.ucf.edu/THUMOS14}"
 # The archives of the official page, at the address that AFSD, MMAction2 and others use. No checksums are published: the
 # first download's sha256 is kept beside each file, and later ones are held to it.
 VIDEOS="${VIDEOS:-https://storage.googleapis.com/thumos14_files}"
-DRY_RUN=0
 
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) DRY_RUN=1 ;;
-    -*) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
-    *) ROOT="$argument" ;;
-  esac
-done
-
-ROOT="$(realpath -m "$ROOT")"
-ARCHIVES="$ROOT/archives"
 TEXTS="$ROOT/official_annotations"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="common:."
-DOWNLOAD="common/dr2net/training/download.py"
-
-run() {
-  if [ "$DRY_RUN" = 1 ]; then printf 'would run:'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
-}
 
 unpack_annotations() {
   local subset

@@ -17,12 +17,12 @@ from action_detection.data import read_annotations
 from action_detection.evaluate import (
     Detected,
     build_evaluate,
+    class_scores_of,
     detections,
     evaluate_files,
     load_detector,
     main,
     parse_tiou,
-    read_class_scores,
     with_classes,
     write_detections,
 )
@@ -173,11 +173,11 @@ def test_class_scores_are_found_by_name_whatever_the_order(config):
         "results": {"one": [0.1, 0.0, 0.2, 0.7], "two": [0, 0, 1, 0], "empty": [0, 0, 0, 1], "further": []},
     }
     config = with_class_scores(config, content)
-    scores = read_class_scores(config, read_annotations(config.data))
+    scores = class_scores_of(config, read_annotations(config.data))
     assert scores["one"].tolist() == [0.7, 0.2, 0.1]  # jump, run, swim
     assert set(scores) == {"one", "two", "empty"}
     renamed = with_class_scores(config, {"classes": content["class"], "results": content["results"]})
-    assert read_class_scores(renamed, read_annotations(config.data))["two"].tolist() == [0, 1, 0]
+    assert class_scores_of(renamed, read_annotations(config.data))["two"].tolist() == [0, 1, 0]
     rows = [("one", 0, [(2, 9, 0.9, 0)]), ("two", 0, [(1, 6, 0.7, 0), (10, 25, 0.6, 0)])]
     metrics = build_evaluate(config)(Oracle(), batches(rows, 1))
     # jump in `one` and run in `two` are found; run in `one` is not at its place: (1 + 2/3) / 2

@@ -18,7 +18,7 @@ import pytest
 
 from action_detection.compose import ANNOTATIONS, STAMP, Composition, write_dataset
 from action_detection.data import Data, read_annotations
-from action_detection.prepare import Arguments, check, check_class_scores, main, write_thumos_annotations
+from action_detection.prepare import Arguments, check, main, write_thumos_annotations
 from dr2net.training.video import write_video
 
 SMALL = Composition(num_training=2, num_validation=2, size=32, seconds=(9.0, 10.0), action_seconds=(1.5, 3.0))
@@ -99,13 +99,12 @@ def test_test_videos_without_outside_scores_are_named(untrimmed, tmp_path):
 
     assert problems({"class": names, "results": dict.fromkeys(tested, [0.1] * 10)}) == []
     (absent,) = problems({"class": names, "results": {"composed0003": [0.1] * 10}})
-    assert "1 test videos have no scores in" in absent and absent.endswith("composed0004")
-    unknown, short = problems({"class": names[1:], "results": {"composed0003": [0.1] * 9, "composed0004": [1.0]}})
-    assert "1 classes are not in" in unknown and names[0] in unknown and "have not 9 scores" in short
-    with pytest.raises(ValueError, match="scores.json: is not JSON of the form"):
-        problems([1, 2])
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        check_class_scores(tmp_path / "nowhere.json", annotations.class_names, tested)
+    assert "no scores for 1 of 2 test videos, among them composed0004" in absent
+    (unknown,) = problems({"class": names[1:], "results": dict.fromkeys(tested, [0.1] * 9)})
+    assert f"no scores for 1 classes, among them {names[0]}" in unknown
+    scores.unlink()
+    (nowhere,) = check(Data(root=untrimmed), class_scores=scores, workers=1).problems
+    assert "scores.json: no class scores" in nowhere
 
 
 def test_composing_twice_writes_once(tmp_path, capsys):

@@ -109,7 +109,7 @@ def _added(block: nn.Module) -> tuple[Branch, ...]:
     the streams of 23 blocks of SlowFast grew a hundredfold at (.9, .1) and a millionfold at (0, 1).
     """
     forward = type(block).forward
-    return (Branch("block", lambda x: forward(block, x) - x, (block,)),)
+    return (Branch("block", lambda x: forward(block, x) - x, (block,), independent="samples"),)
 
 
 def _of_resnet(block: nn.Module) -> tuple[Branch, ...]:

@@ -37,6 +37,7 @@ class Groups:
         self.count = math.prod(shape[:leading])
         self.inner = tuple(shape[leading:-1])
         self.rows = math.prod(self.inner)  # per group
+        self.positions = math.prod(shape[leading + 1 :])  # per group, where its first dimension is channels
 
     def shared(self) -> tuple[Tensor, ...]:
         """What all groups use and is computed once per pass, differentiably, from the parameters."""
@@ -55,10 +56,12 @@ class Groups:
         return self.function(chunk)
 
     def floats(self, modules: Sequence[nn.Module]) -> int:
-        """An estimate of the floats alive per group while it is differentiated: inputs and outputs of linear layers,
-        and their gradients."""
-        linear = [m for part in modules for m in part.modules() if isinstance(m, nn.Linear)]
-        return 2 * self.rows * max(1, sum(m.in_features + m.out_features for m in linear))
+        """An estimate of the floats alive per group while it is differentiated: inputs and outputs of linear layers and
+        convolutions (channels first), and their gradients."""
+        layers = [m for part in modules for m in part.modules()]
+        linear = sum(m.in_features + m.out_features for m in layers if isinstance(m, nn.Linear))
+        convolved = sum(m.in_channels + m.out_channels for m in layers if isinstance(m, nn.modules.conv._ConvNd))
+        return 2 * max(self.rows, self.rows * linear + self.positions * convolved)
 
 
 class Chunks:
@@ -105,7 +108,8 @@ def split(branch: Branch, x: Tensor, args: Sequence[Any], named: dict[str, Any],
         return None
     if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
         return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for part in branch.modules for m in part.modules()):
+    norms = [m for part in branch.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.training or norm.running_mean is None for norm in norms):
         return None  # its statistics are over all groups
 
     def function(chunk: Tensor) -> Tensor:

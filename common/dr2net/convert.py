@@ -7,15 +7,19 @@ starts, the converted model computes what the original computes. Not here: what 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dr2net.branches import find_branches
 from dr2net.error_law import TOLERANCE
+from dr2net.node import StatisticsKept
 from dr2net.reversible import Inversion, ReversibleSequence, refuse_hooks
 
 
@@ -57,8 +61,8 @@ def convert(
     chunk_mib: run and differentiate branches in chunks of about so many MiB (`chunks.py`), torchvision's window
         attention fused. None: each as a whole, by the model's own code to the last bit. 256, with `recompute_rest`, is
         the setting for hierarchical networks and long inputs.
-    recompute_rest: checkpoint what stands outside the sequences (patch embedding and merging, norms), except
-        modules with buffers.
+    recompute_rest: checkpoint what is not reversible (patch embedding and merging, norms, blocks that change the
+        shape), except modules with buffers other than batch norm's.
     parallel: on CUDA, recompute a branch on another stream while the one behind it is differentiated: the insides of
         two branches are alive. For branches that are not in chunks. Its logic is tested on a CPU; not run on a GPU.
 
@@ -94,7 +98,7 @@ def convert(
     for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
         parent._modules[attribute] = sequence
     for module in dict.fromkeys(_rest(model)) if recompute_rest else ():
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        _checkpoint(module)
     return Report(
         tuple(sequences), tuple(ordinary), sum(p.numel() for p in inside), sum(p.numel() for p in model.parameters())
     )
@@ -123,13 +127,15 @@ def deconvert(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
-    """The baseline: gradient checkpointing (torch.utils.checkpoint) of each block that `convert` would make reversible.
+    """The baseline: gradient checkpointing (torch.utils.checkpoint) of each block in the containers `convert` takes.
 
-    In place, keys unchanged; returns the number of blocks. Raises ValueError as `convert` does.
+    Also of blocks that change the shape. In place, keys unchanged; returns the number of blocks. Raises ValueError as
+    `convert` does.
     """
-    blocks = [b for _, _, _, container in _containers(model) for b in container.children() if find_branches(b)[0]]
+    blocks = {block: None for _, _, _, container in _containers(model) for block in container.children()}
+    blocks = [block for block in blocks if find_branches(block)[0] or _can_run_again(block)]
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        _checkpoint(block)
     return len(blocks)
 
 
@@ -181,15 +187,40 @@ def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modu
     return iter(found)
 
 
+def _checkpoint(module: nn.Module) -> None:
+    """From now on `module` runs again in backward instead of keeping what it computes."""
+    again, contexts = functools.partial(_call, module.forward), functools.partial(_contexts, module)
+    module.forward = functools.partial(checkpoint, again, use_reentrant=False, context_fn=contexts)
+
+
+def _call(forward: Callable, *args: Any, **named: Any) -> Any:
+    """`forward` with lists and dicts of its own: pytorchvideo's blocks change the list of pathways that they get."""
+    args, named = tree_map(lambda value: value, (args, named))
+    return forward(*args, **named)
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """In which a checkpointed module runs, the first time and again."""
+    return nullcontext(), StatisticsKept((module,))
+
+
 def _rest(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules with parameters, and without buffers, in which there is no reversible sequence."""
-    if isinstance(module, ReversibleSequence):
-        return
-    if any(isinstance(m, ReversibleSequence) for m in module.modules()):
+    """The largest modules that are not reversible and can run again."""
+    inside = isinstance(module, ReversibleSequence)
+    if inside or any(isinstance(m, ReversibleSequence) for m in module.modules()):
         for child in module.children():
-            yield from _rest(child)
-    elif next(module.parameters(), None) is not None and next(module.buffers(), None) is None:
+            if not (inside and find_branches(child)[0]):
+                yield from _rest(child)
+    elif _can_run_again(module):
         yield module
+
+
+def _can_run_again(module: nn.Module) -> bool:
+    """It has parameters, and no buffers but batch norm's: others may be state that must not move twice."""
+    holders = [m for m in module.modules() if m._buffers]
+    return next(module.parameters(), None) is not None and all(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in holders
+    )
 
 
 def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:

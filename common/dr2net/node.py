@@ -14,6 +14,7 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 `exact.py`).
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -109,7 +110,7 @@ class Node:
         """What `call` computed in forward, to be differentiated. Called without gradients."""
         self.refuse_changed_parameters()
         inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
-        with torch.enable_grad(), rng.replay(self.random, x), _buffers_kept(self.branch):
+        with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
             return Recomputed(inputs[0], inputs[1:], self.call(inputs[0], [t.view_as(t) for t in inputs[1:]]))
 
     def refuse_changed_parameters(self) -> None:
@@ -226,7 +227,7 @@ class DualResidual(torch.autograd.Function):
         else:
             node.refuse_changed_parameters()
             x_in = x.detach().requires_grad_(node.needs[0])
-            with torch.enable_grad(), rng.replay(node.random, x), _buffers_kept(node.branch):
+            with torch.enable_grad(), rng.replay(node.random, x), StatisticsKept(node.branch.modules):
                 f, grad_x, of_parameters = differentiate(
                     node.chunks, x_in, grad, node.dtype, node.alpha, node.parameters, node.surroundings
                 )
@@ -323,13 +324,13 @@ def _without_graph(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _modules_with_buffers(branch: Branch) -> list[nn.Module]:
-    return [module for part in branch.modules for module in part.modules() if module._buffers]
+def _modules_with_buffers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for part in modules for module in part.modules() if module._buffers]
 
 
 def _buffer_versions(branch: Branch) -> list[tuple[nn.Module, str, Tensor, int]]:
     found = []
-    for module in _modules_with_buffers(branch):
+    for module in _modules_with_buffers(branch.modules):
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             found += [(module, name, b, b._version) for name, b in module._buffers.items() if b is not None]
     return found
@@ -345,16 +346,15 @@ def _refuse_stateful(node: Node, before: list[tuple[nn.Module, str, Tensor, int]
             )
 
 
-class _buffers_kept:
-    """Puts BatchNorm's running statistics back after the recomputation: they move once per step."""
+class StatisticsKept:
+    """Around a recomputation of `modules`: BatchNorm's running statistics, which have moved already, are put back."""
 
-    def __init__(self, branch: Branch) -> None:
-        self.modules = [
-            m for m in _modules_with_buffers(branch) if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-        ]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = modules
 
     def __enter__(self) -> None:
-        self.values = [(b, b.clone()) for m in self.modules for b in m._buffers.values() if b is not None]
+        norms = [m for m in _modules_with_buffers(self.modules) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.values = [(b, b.clone()) for m in norms if m.training for b in m._buffers.values() if b is not None]
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():

@@ -40,7 +40,7 @@ class Windows(Groups):
         self.grid = [-(-n // w) for n, w in zip(self.size, window, strict=True)]  # windows along each dimension
         self.padded = [g * w for g, w in zip(self.grid, window, strict=True)]
         self.count = self.samples * math.prod(self.grid)
-        self.rows = math.prod(window)
+        self.rows = self.positions = math.prod(window)
         self.inner = (self.rows,)
 
     def shared(self) -> tuple[Tensor, ...]:

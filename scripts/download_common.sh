@@ -1,0 +1,22 @@
+# Sourced by the download scripts once ROOT names the default folder: reads [ROOT] [--dry-run], goes to the repository's
+# root. `run` runs a command, or with --dry-run prints it.
+PYTHON="${PYTHON:-.venv/bin/python}"
+DOWNLOAD="common/dr2net/training/download.py"
+DRY_RUN=0
+
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) DRY_RUN=1 ;;
+    -*) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
+    *) ROOT="$argument" ;;
+  esac
+done
+
+ROOT="$(realpath -m "$ROOT")"
+ARCHIVES="$ROOT/archives"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="common:."
+
+run() {
+  if [ "$DRY_RUN" = 1 ]; then printf 'would run:'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
+}
