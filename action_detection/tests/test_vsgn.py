@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from action_detection.tests.toy_windows import windows
 from action_detection.vsgn import (
     GraphLayer,
     VSGNHead,
@@ -19,7 +18,6 @@ from action_detection.vsgn import (
     sample_around,
     score_at,
 )
-from dr2net.memory import predict
 
 ROUNDING = 1e-5  # relative and absolute: float32 sums in another order
 SETTINGS = SimpleNamespace(min_score=1e-3, max_candidates=100)
@@ -123,108 +121,6 @@ def test_positives_and_negatives_of_the_curves_weigh_the_same():
     assert boundary_loss(certain, mask, segments) < 1e-6
     certain[:, 12:] = 20  # wrong, but padded
     assert boundary_loss(certain, torch.arange(16) < 12, segments) < 1e-6
-
-
-@pytest.mark.parametrize("num_steps", [16, 13, 2, 1])
-def test_padding_and_what_stands_in_it_change_no_real_output(num_steps):
-    head = small_head()
-    x = torch.randn(1, 8, num_steps)
-    padded = torch.cat([x, 100 * torch.randn(1, 8, 19 - num_steps)], dim=2)
-    mask = torch.arange(19)[None] < num_steps
-    expected, found = head(x, mask[:, :num_steps]), head(padded, mask)
-    assert found["mask"].sum() == expected["mask"].numel()
-    for name in ("logits", "located", "adjusted"):
-        torch.testing.assert_close(found[name][found["mask"]], expected[name][0], atol=ROUNDING, rtol=ROUNDING)
-    curves = found["boundaries"][:, :, :num_steps]
-    torch.testing.assert_close(curves, expected["boundaries"], atol=ROUNDING, rtol=ROUNDING)
-
-
-def test_losses_do_not_depend_on_the_split_of_a_batch():
-    head = small_head()
-    x = torch.randn(3, 8, 20)
-    batch = windows(20, [20, 11, 20], [[[1, 4], [7, 18]], [[2, 9]], []], [[0, 2], [1], []])
-    whole = head.losses(head(x, batch["mask"]), batch)
-    parts = []
-    for i in range(3):
-        part = {name: value[i : i + 1] for name, value in batch.items()}
-        parts.append(head.losses(head(x[i : i + 1], part["mask"]), part))
-    for name, value in whole.items():
-        torch.testing.assert_close(value, torch.stack([p[name] for p in parts]).mean(), atol=ROUNDING, rtol=ROUNDING)
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "real", "segments"),
-    [(20, 20, []), (1, 1, [[0, 1]]), (20, 0, []), (20, 1, [[0, 1]]), (20, 20, [[3, 3]]), (20, 20, [[0, 20]])],
-)
-def test_windows_without_actions_without_steps_or_of_one_step_give_finite_losses_and_gradients(
-    num_steps, real, segments
-):
-    head = small_head()
-    batch = windows(num_steps, [real], [segments], [[1] * len(segments)])
-    sum(head.losses(head(torch.randn(1, 8, num_steps), batch["mask"]), batch).values()).backward()
-    assert all(p.grad.isfinite().all() for p in head.parameters())
-
-
-def test_every_parameter_gets_a_gradient():
-    head = small_head()
-    batch = windows(32, [32], [[[2, 5], [8, 14], [4, 30]]], [[0, 1, 2]])
-    sum(head.losses(head(torch.randn(1, 8, 32), batch["mask"]), batch).values()).backward()
-    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_one_window_is_learnt_and_found():
-    torch.manual_seed(0)
-    head = VSGNHead(8, 3, width=32, num_levels=3)
-    x = torch.randn(2, 8, 32)
-    batch = windows(32, [32, 32], [[[2, 7.5], [12, 25]], [[6, 10]]], [[0, 2], [1]])
-    batch["start"], batch["seconds_per_step"] = torch.tensor([10.0, 0.0]), torch.tensor([0.5, 0.5])
-    optimizer = torch.optim.AdamW(head.parameters(), 5e-3)
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 100)
-        losses = head.losses(head(x, batch["mask"]), batch)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    assert sum(losses.values()) < 0.2
-    first, second = head.detect(head(x, batch["mask"]), batch, SETTINGS)
-    for found, label, expected in [(first, 0, [11.0, 13.75]), (first, 2, [16.0, 22.5]), (second, 1, [3.0, 5.0])]:
-        best = found.scores[found.labels == label].argmax()
-        assert found.scores[found.labels == label][best] > 0.5
-        torch.testing.assert_close(
-            found.segments[found.labels == label][best], torch.tensor(expected), atol=0.3, rtol=0
-        )
-
-
-def test_one_class_reads_no_labels():
-    head = small_head(num_classes=1)
-    x = torch.randn(1, 8, 20)
-    a, b = (windows(20, [20], [[[2, 6]]], [[label]]) for label in (0, 150))
-    outputs = head(x, a["mask"])
-    assert outputs["logits"].shape[2] == 1
-    assert head.losses(outputs, a) == head.losses(outputs, b)
-
-
-def test_low_precision_gives_float32_losses_and_segments():
-    head = small_head()
-    batch = windows(20, [20], [[[2, 6], [8, 19]]], [[0, 1]])
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = head(torch.randn(1, 8, 20), batch["mask"])
-        losses = head.losses(outputs, batch)
-    assert outputs["logits"].dtype == torch.bfloat16
-    assert outputs["located"].dtype == outputs["adjusted"].dtype == torch.float32
-    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
-    sum(losses.values()).backward()
-
-
-def test_a_step_runs_on_fake_tensors():
-    head = small_head()
-
-    def step() -> None:
-        batch = windows(20, [20, 20], [[[2, 6]], []], [[0], []])
-        outputs = head(torch.randn(2, 8, 20), torch.ones(2, 20, dtype=torch.bool))
-        sum(head.losses(outputs, batch).values()).backward()
-
-    assert predict(step, head, torch.optim.AdamW(head.parameters())).activations > 0
 
 
 def test_a_pyramid_without_levels_is_refused():
