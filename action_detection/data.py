@@ -18,7 +18,7 @@ of dr2net.training, the metric (evaluate.py).
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -312,16 +312,15 @@ def build_test_loader(config: Any) -> DataLoader:
     return _loader(config, train=False)
 
 
-def window_of(data: Data, path: Path | str) -> Iterator[dict[str, Any]]:
-    """The windows of a video file without annotations, in order, as samples for `collate`; one in memory at a time.
+def windows_of_file(data: Data, path: Path | str) -> Windows:
+    """The windows of a video file without annotations, in order, as samples for `collate` by key (index, 0).
 
     Raises FileNotFoundError or BrokenVideo.
     """
     name = Path(path).stem
     seconds = FrameCache(0).probe(path).seconds
     video = Video(seconds, "", torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, dtype=torch.long))
-    windows = Windows(data, {name: video}, {name: str(path)}, train=False)
-    return (windows[i, 0] for i in range(len(windows)))
+    return Windows(data, {name: video}, {name: str(path)}, train=False)
 
 
 def _loader(config: Any, *, train: bool) -> DataLoader:

@@ -28,6 +28,7 @@ from action_detection.model import ActionDetector, build_model, without_weights
 from action_detection.ops import Window, soft_nms
 from dr2net.training.command import config_of_checkpoint, run_command
 from dr2net.training.data import gather, to_device
+from dr2net.training.jobs import tracked
 from dr2net.training.method import autocast, load_trained
 
 __all__ = ["build_evaluate", "evaluate_files"]
@@ -229,7 +230,7 @@ def main(words: list[str]) -> None:
     annotations = read_annotations(config.data)
     class_scores = class_scores_of(config, annotations)
     with autocast(config.optimization.precision, device):
-        windows = detect_windows(model, build_test_loader(config), config.detection)
+        windows = detect_windows(model, tracked("evaluating", build_test_loader(config)), config.detection)
     found = detections(windows, config.detection, class_scores)
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(config, annotations, found).items())
     print(f"{config.row} seed {config.run.seed}: {metrics}")

@@ -21,9 +21,10 @@ from torch import nn
 
 from action_detection.annotations import read_database
 from action_detection.configs import Config
-from action_detection.data import collate, read_annotations, window_of
+from action_detection.data import collate, read_annotations, windows_of_file
 from action_detection.evaluate import Detected, detect_windows, detections, load_detector, write_detections
 from dr2net.training.command import run_command
+from dr2net.training.jobs import tracked
 from dr2net.training.method import autocast
 from dr2net.training.video import VideoInfo, probe, read_frames, write_frames
 
@@ -119,9 +120,10 @@ def detect(config: Config, model: nn.Module, video: Path) -> Detected:
     """The detections in a video file, best first, as in evaluation; one window in memory at a time."""
     device = next(model.parameters()).device
     # A training row may keep whole decoded videos in memory; here the video is read once, and may be long.
-    samples = window_of(replace(config.data, cache_gib=0.0), video)
+    samples = windows_of_file(replace(config.data, cache_gib=0.0), video)
+    batches = (collate([samples[index, 0]]) for index in tracked("detecting", range(len(samples))))
     with autocast(config.optimization.precision, device):
-        windows = detect_windows(model, (collate([sample]) for sample in samples), config.detection)
+        windows = detect_windows(model, batches, config.detection)
     return detections(windows, config.detection)[video.stem]
 
 

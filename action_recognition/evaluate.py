@@ -22,6 +22,7 @@ from action_recognition.head import merge_views
 from action_recognition.model import ActionRecognizer, build_model, without_weights
 from dr2net.training.command import config_of_checkpoint, run_command
 from dr2net.training.data import gather
+from dr2net.training.jobs import tracked
 from dr2net.training.method import autocast, load_trained
 
 
@@ -141,7 +142,7 @@ def main(words: list[str]) -> None:
     if arguments.root is not None:
         config = replace(config, data=replace(config.data, root=arguments.root))
     with autocast(config.optimization.precision, device):
-        views = predict_views(model, build_test_loader(config))
+        views = predict_views(model, tracked("evaluating", build_test_loader(config)))
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(views).items())
     print(f"{config.row} seed {config.run.seed}: {metrics}")
     write_predictions(arguments.run / "predictions.json", merge(views), class_names(config.data))

@@ -23,8 +23,8 @@ from action_detection.data import (
     random_start,
     read_annotations,
     visible_instances,
-    window_of,
     window_starts,
+    windows_of_file,
 )
 from action_detection.tests.toy_videos import DATABASE, FPS, SIZE, annotate, entry, frames_of, make_data
 from dr2net.training.config import Run
@@ -254,14 +254,15 @@ def test_the_cache_changes_no_sample(data):
 
 def test_a_file_without_annotations_gives_the_windows_of_the_test(data):
     dataset = windows_of(data)
-    samples = list(window_of(data, Path(data.root) / "videos" / "v_d.mp4"))
+    windows = windows_of_file(data, Path(data.root) / "videos" / "v_d.mp4")
+    samples = [windows[index, 0] for index in range(len(windows))]
     assert [(s["name"], s["window"]) for s in samples] == [("v_d", 0), ("v_d", 1)]
     for i, sample in enumerate(samples):
         assert torch.equal(sample["video"], dataset[i, 0]["video"]) and sample["segments"].shape == (0, 2)
         assert sample["duration"] == pytest.approx(5.0)
     assert collate(samples)["labels"][0].dtype == torch.long
     with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
-        window_of(data, "nowhere.mp4")
+        windows_of_file(data, "nowhere.mp4")
 
 
 def test_a_segment_past_the_end_of_a_shorter_file_is_no_target_outside_it(data):

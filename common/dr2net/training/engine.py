@@ -226,7 +226,7 @@ def fit(config: Any, model: nn.Module, criterion: Criterion, loaders: Loaders, e
                         entry |= {"alpha": state["alpha"], "beta": state["beta"]}
                     if done or (run.evaluate_every_epochs and (epoch + 1) % run.evaluate_every_epochs == 0):
                         started = time.perf_counter()
-                        metrics = evaluate_now(model, evaluate, loaders, averages, accelerator)
+                        metrics = evaluate_now(model, evaluate, loaders, averages, accelerator, log)
                         seconds["evaluation"] += time.perf_counter() - started
                         assert not entry.keys() & metrics.keys(), f"a metric is named as a loss: {[*entry, *metrics]}"
                         state["metrics"] = metrics
@@ -340,7 +340,12 @@ def first_samples(loader: DataLoader) -> Batch:
 
 @torch.no_grad()
 def evaluate_now(
-    model: nn.Module, evaluate: Evaluate, loaders: Loaders, averages: Averages | None, accelerator: Accelerator
+    model: nn.Module,
+    evaluate: Evaluate,
+    loaders: Loaders,
+    averages: Averages | None,
+    accelerator: Accelerator,
+    log: Log,
 ) -> dict[str, float]:
     """Metrics of the current (averaged, if there are averages) weights; each device sees its share of the samples."""
     key_batches(loaders.val).place(rank=accelerator.process_index, world=accelerator.num_processes)
@@ -348,7 +353,7 @@ def evaluate_now(
     if averages is not None:
         averages.swap()
     try:
-        batches = (to_device(batch, accelerator.device) for batch in loaders.val)
+        batches = (to_device(batch, accelerator.device) for batch in log.track(loaders.val))
         return {name: float(value) for name, value in evaluate(model, batches).items()}
     finally:
         if averages is not None:

@@ -8,7 +8,7 @@ Not a scheduler: no retries, results in the order of the jobs, the first excepti
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -48,13 +48,22 @@ def run_jobs(
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar in the terminal; yields the function that moves it by one."""
+    """A bar in the terminal, on stderr; yields the function that moves it by one."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
+
+
+def tracked(title: str, items: Collection[Job]) -> Iterator[Job]:
+    """The items, with a bar in the terminal while they pass."""
+    with progress_bar(title, len(items)) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,11 +5,14 @@ Only the main process speaks. Numbers go to `<run folder>/tensorboard`; `tensorb
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
 
 
 class Log:
@@ -30,7 +33,7 @@ class Log:
             # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
             self.progress = Progress(
-                TextColumn(title),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[numbers]}"),
@@ -95,6 +98,19 @@ class Log:
         """A curve of its own, such as the guard's gradient error."""
         if self.writer is not None:
             self.writer.add_scalar(name, value, step)
+
+    def track(self, batches: DataLoader) -> Iterator[Any]:
+        """The batches of an evaluation, counted on a line of their own while they pass."""
+        if not self.live:
+            yield from batches
+            return
+        task = self.progress.add_task("evaluation", total=len(batches), numbers="batches")
+        try:
+            for batch in batches:
+                yield batch
+                self.progress.advance(task)
+        finally:
+            self.progress.remove_task(task)
 
     def note(self, text: str) -> None:
         """A line that stays on the screen."""
