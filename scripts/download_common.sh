@@ -1,5 +1,6 @@
 # Sourced by the download scripts once ROOT names the default folder: reads [ROOT] [--dry-run], goes to the repository's
 # root. `run` runs a command, or with --dry-run prints it.
+set -euo pipefail
 PYTHON="${PYTHON:-.venv/bin/python}"
 DOWNLOAD="common/dr2net/training/download.py"
 DRY_RUN=0

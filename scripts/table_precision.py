@@ -118,7 +118,8 @@ def measure() -> list[dict]:
                 entry = dict(weights=weights, branches=2 * blocks, inversion=inversion, alpha=alpha, beta=beta)
                 entry |= dict(precision=precision, bits=bits_of(inversion, alpha, beta, precision, 2 * blocks))
                 try:
-                    entry["error"] = dr2net.gradient_error(model, (images, target, precision), loss).overall
+                    error = dr2net.gradient_error(model, (images, target, precision), loss).overall
+                    entry["error"] = error if math.isfinite(error) else str(error)  # JSON knows no infinity
                     if inversion == "exact" and precision == "fp32":
                         entry["output_error"] = output_error(model, images, alpha, beta)
                 except (OverflowError, FloatingPointError) as error:
@@ -220,7 +221,7 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**facts, "entries": measure()}, indent=1) + "\n")
     facts = json.loads(path.read_text())
-    entries = facts.pop("entries")
+    entries = [e | {"error": float(e["error"])} if "error" in e else e for e in facts.pop("entries")]
     (options.output / "precision.md").write_text(markdown(entries, facts))
     draw(entries, options.output / "precision.png")
     worst = max(e.get("error", 0.0) for e in entries if e["inversion"] == "exact")

@@ -1,6 +1,7 @@
 """The rules of the house, checked on the source: imports, equal task folders, safe calls, READMEs that are true."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -209,6 +210,16 @@ def test_commands_of_a_readme_exist(readme: Path) -> None:
             from dr2net.cli import build_parser
 
             build_parser().parse_args(line.split()[1:])  # an unknown option exits
+
+
+def test_committed_results_are_strict_json() -> None:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    files = list((ROOT / "results").rglob("*.json"))
+    assert files
+    for path in files:
+        json.loads(path.read_text(), parse_constant=refuse)
 
 
 def test_the_package_needs_only_torch_and_numpy() -> None:
