@@ -192,7 +192,8 @@ def thumos_swint(method: Method) -> Config:
     torchrun --nproc-per-node 2 -m action_detection.train thumos_swint_dr2net
     Published (OpenTAD): 67.10 average mAP plain, 66.89 with Re2TAL. There the cosine has 1500 epochs, of which 120 are
     trained: the rate hardly falls, hence `min_learning_rate`. Frames are taken at 15 per second by their time (there:
-    every second frame of videos that mostly have 30).
+    every second frame of videos that mostly have 30). Not as there: videos shorter than a window are not shortened at
+    random in training.
     """
     base = anet_swint(method)
     return replace(

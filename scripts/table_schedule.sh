@@ -50,5 +50,5 @@ while read -r row seed state; do
         run "$python" -m action_recognition.train "$row" --seed "$seed" </dev/null
     fi
 done <<<"$rows"
-run "$python" -m dr2net.training.results publish action_recognition
+run "$python" -m dr2net.training.tables publish action_recognition
 run "$python" -m scripts.table_schedule

@@ -14,7 +14,7 @@ To teach it your own block:
             dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp), independent="tokens"),
         )
 
-`independent` says that the branch may be run in chunks (`chunks.py`), and along what.
+`independent` says that the branch may be run in chunks, and along what (`chunks.py`).
 
 Known: timm ViT and Swin blocks, torchvision Swin (2-D, 3-D, v2) and ResNet blocks, transformers ViT and VideoMAE
 layers, pytorchvideo ResNet/SlowFast blocks. The libraries are imported only when a block of theirs is met.
@@ -22,14 +22,14 @@ layers, pytorchvideo ResNet/SlowFast blocks. The libraries are imported only whe
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from dr2net.chunks import Groups
+from dr2net.chunks import Chunks, Groups
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,35 @@ class Branch:
     modules: tuple[nn.Module, ...]
     residual: bool = True
     drop_path: nn.Module | None = None
-    independent: 'Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None' = None
+    independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         """F(x), drop path included."""
         f = self.function(x, *args, **named)
         return f if self.drop_path is None else self.drop_path(f)
+
+    def chunks(self, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float | None) -> Chunks | None:
+        """How F(x, *args, **named) is run in chunks of about `mib` MiB; None if it has to run on x as a whole."""
+        if mib is None or self.independent is None:
+            return None
+        if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
+            return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
+        norms = [m for part in self.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if any(norm.training or norm.running_mean is None for norm in norms):
+            return None  # its statistics are over all groups
+
+        def function(chunk: Tensor) -> Tensor:
+            return self.function(chunk, *args, **named)
+
+        if self.independent == "tokens":
+            groups = Groups(function, x.shape, x.dim() - 1)
+        elif self.independent == "samples":
+            groups = Groups(function, x.shape, 1)
+        else:
+            groups = self.independent(x)
+        chunks = Chunks(groups, self.modules, self.drop_path, mib * 2**20)
+        # all in one: the branch as it is, which needs no buffers to collect the results in
+        return None if chunks.size == groups.count and isinstance(self.independent, str) else chunks
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, each once."""
@@ -93,7 +116,7 @@ def _attention_mlp(
     parts: tuple[nn.Module, ...],
     rest: tuple[nn.Module, ...],
     drop_paths: tuple[nn.Module | None, nn.Module | None] = (None, None),
-    windows: "Callable[[Tensor], Groups] | None" = None,
+    windows: Callable[[Tensor], Groups] | None = None,
 ) -> tuple[Branch, ...]:
     """A transformer block's two: global attention sees a sample, window attention a window, the MLP a token."""
     return (

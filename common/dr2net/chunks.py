@@ -2,7 +2,7 @@
 
     F(x) = [F(x_1), F(x_2), ...]        x cut into groups of rows that do not see each other
 
-A branch declares along what it is independent (`Branch.independent`); from that `split` makes the groups of an input.
+A branch declares along what it is independent, and from that makes the groups of an input (`Branch.chunks`).
 `evaluate` runs F group by group, `differentiate` recomputes and differentiates it group by group: parameter gradients
 are summed, F(x) and the gradient of x are written into one buffer each. A chunk is as many groups as a budget of bytes
 allows, the same number forward and backward, so a recomputation is bitwise the first computation, dropout included.
@@ -20,9 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
-
-from dr2net.branches import Branch
 
 
 class Groups:
@@ -100,30 +97,6 @@ class Chunks:
             return f
         sample = torch.arange(start, stop, device=f.device) * len(factors) // self.groups.count
         return f * factors[sample].view(-1, *[1] * (f.dim() - 1)).to(f.dtype)
-
-
-def split(branch: Branch, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float | None) -> Chunks | None:
-    """`branch` in chunks of about `mib` MiB, or None if it has to run on x as a whole."""
-    if mib is None or branch.independent is None:
-        return None
-    if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
-        return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
-    norms = [m for part in branch.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(norm.training or norm.running_mean is None for norm in norms):
-        return None  # its statistics are over all groups
-
-    def function(chunk: Tensor) -> Tensor:
-        return branch.function(chunk, *args, **named)
-
-    if branch.independent == "tokens":
-        groups = Groups(function, x.shape, x.dim() - 1)
-    elif branch.independent == "samples":
-        groups = Groups(function, x.shape, 1)
-    else:
-        groups = branch.independent(x)
-    chunks = Chunks(groups, branch.modules, branch.drop_path, mib * 2**20)
-    # all in one: the branch as it is, which needs no buffers to collect the results in
-    return None if chunks.size == groups.count and isinstance(branch.independent, str) else chunks
 
 
 def evaluate(chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool) -> Tensor:

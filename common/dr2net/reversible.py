@@ -28,7 +28,6 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
-from dr2net.chunks import split
 from dr2net.error_law import TOLERANCE, anchor_spacing, predicted_error
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 
@@ -240,7 +239,7 @@ class _Pass:
             structure=structure,
             dtype=self.dtype,
             parameters=parameters,
-            chunks=split(branch, self.x, args, named, self.sequence.chunk_mib),
+            chunks=branch.chunks(self.x, args, named, self.sequence.chunk_mib),
         )
         if self.sequence.store:
             result = self._stored(node, side)

@@ -101,7 +101,7 @@ def test_dropout_in_chunks_is_replayed_and_drop_path_drawn_once_per_sample(inver
     assert relative(gradients(ours), gradients(twin)) < 1e-8  # float64
     (branch,) = dr2net.branches_of(net.blocks[0])
     net.blocks[0].dropout.p = 0.0
-    cut = chunks.split(branch, x, (), {}, chunk_mib)
+    cut = branch.chunks(x, (), {}, chunk_mib)
     assert (None if cut is None else cut.size) == {1e-6: 1, 0.005: 4, 1e3: None}[chunk_mib]  # of 15 tokens
     if cut is None:
         return
@@ -140,14 +140,14 @@ def test_autocast_holds_inside_chunks() -> None:
 def test_what_sees_all_groups_runs_as_a_whole() -> None:
     x = build_input()
     (branch,) = dr2net.branches_of(TokenBlock(norm=nn.BatchNorm1d))
-    assert chunks.split(branch, x, (), {}, 1e-3) is None
+    assert branch.chunks(x, (), {}, 1e-3) is None
     (branch,) = dr2net.branches_of(TokenBlock())
-    assert chunks.split(branch, x, (), {}, 1e-3) is not None
-    assert chunks.split(branch, x, (), {}, 1.0) is None  # all fits in one chunk
-    assert chunks.split(branch, x, (), {}, None) is None
-    assert chunks.split(branch, x, (x,), {}, 1e-3) is None  # a tensor beside x
-    assert chunks.split(branch, x, (), {"mask": x}, 1e-3) is None
-    assert chunks.split(dr2net.branches_of(ToyBlock(2, 0.0, 0.0, False))[0], x, (), {}, 1e-3) is None
+    assert branch.chunks(x, (), {}, 1e-3) is not None
+    assert branch.chunks(x, (), {}, 1.0) is None  # all fits in one chunk
+    assert branch.chunks(x, (), {}, None) is None
+    assert branch.chunks(x, (x,), {}, 1e-3) is None  # a tensor beside x
+    assert branch.chunks(x, (), {"mask": x}, 1e-3) is None
+    assert dr2net.branches_of(ToyBlock(2, 0.0, 0.0, False))[0].chunks(x, (), {}, 1e-3) is None
 
 
 def test_chunks_cost_no_more_operations() -> None:

@@ -170,7 +170,7 @@ def test_the_readme_and_figures_are_written_and_reproducible(folder):
 
 def test_the_committed_readme_is_the_one_the_records_give():
     generated, committed = tables.readme(ROOT / "results"), (ROOT / "results" / "README.md").read_text()
-    assert generated == committed, "run: python -m dr2net.training.results table <task>"
+    assert generated == committed, "run: python -m dr2net.training.tables show <task>"
 
 
 def test_the_log_writes_curves_and_plain_lines(tmp_path, capsys):

@@ -4,12 +4,9 @@
     results/<task>/<row>.json                the runs of a row, one per seed (committed): {row, task, method, preset,
     runs: [...]}
 
-    python -m dr2net.training.results publish action_recognition    # runs/ -> results/
-    python -m dr2net.training.results table action_recognition      # print the table, write figure and
-    results/README.md
-
 A run is finished when its record was made with the same config by the same code: the hash covers the Python sources of
-`dr2net` and of the task folder, so committing results, or better prose, does not invalidate anything.
+`dr2net` and of the task folder, so committing results, or better prose, does not invalidate anything. Not here: tables,
+figures, and the command that publishes runs (`tables.py`).
 """
 
 import ast
@@ -298,29 +295,3 @@ def _write(path: Path, content: dict[str, Any]) -> Path:
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
     return path
-
-
-def main() -> None:
-    """The command line of this module."""
-    import tyro
-
-    from dr2net.training import tables
-
-    def table(task: tyro.conf.Positional[str], results: Path = Path("results")) -> None:
-        """Print the table of a task, write its figures and regenerate results/README.md."""
-        tables.print_table(read_records(task, results))
-        for path in tables.write_all(results):
-            print(path)
-
-    def publish_runs(
-        task: tyro.conf.Positional[str], runs: Path = Path("runs"), results: Path = Path("results")
-    ) -> None:
-        """Copy the finished runs of a task into results/, then do as `table`."""
-        publish(read_runs(task, runs), results)
-        table(task, results)
-
-    tyro.extras.subcommand_cli_from_dict({"table": table, "publish": publish_runs})
-
-
-if __name__ == "__main__":
-    main()
