@@ -113,6 +113,7 @@ def _plan(options: argparse.Namespace) -> None:
     for method in planner.METHODS:
         if method.endswith(", chunks") and not options.chunk_mib:
             continue
+        _say(f"predicting: {method}")
         settings = [replace(setting, coefficients=phase.coefficients) for phase in phases]
         if not method.startswith("dr2net"):
             settings = settings[:1]
@@ -134,6 +135,7 @@ def _plan(options: argparse.Namespace) -> None:
             print(f"{method}, largest at the peak", *memory.live[: options.live], "", sep="\n")
         if options.calibrate:
             calibrated.append(_calibrated(model, method, settings[worst], shape, options.model))
+    _say("")
     print(f"{options.model}, input {options.input}, {options.precision}, {options.optimizer}, {options.inversion}")
     split = ("peak", "parameters", "gradients", "optimizer", "stored", "temporaries")
     print_table(("method", *split, f"fits {options.budget}", f"largest {_axis(grown[0])}"), rows)
@@ -195,9 +197,11 @@ def _plot(
     else:
         depths: dict[str, list[tuple[float, float]]] = {method: [] for method in curves}
         for depth in DEPTHS:
+            _say(f"predicting: {depth} blocks")
             deep = build(depth).train()
             for method, curve in depths.items():
                 curve.append((depth, _explained(planner.predictor(deep, method, setting), options.model)(shape).peak))
+        _say("")
         panels.append((f"blocks, input {options.input}", depths))
     try:
         planner.draw(FilePath(options.plot), panels, f"{options.model}, {options.precision}, {options.optimizer}")
@@ -224,6 +228,7 @@ def _check(options: argparse.Namespace) -> None:
     model = find_model(options.model, pretrained=options.pretrained)()
     columns: dict[str, list[str]] = {}
     for inversion in INVERSIONS:
+        _say(f"computing: {inversion}")
         report = dr2net.convert(model, inversion=inversion)
         for progress in progresses:
             coefficients.apply(model, progress)
@@ -233,6 +238,7 @@ def _check(options: argparse.Namespace) -> None:
                 error = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
                 columns.setdefault(inversion, []).append(error)
         dr2net.deconvert(model)
+    _say("")
     print(f"{options.model}, input {options.input}, branches in {options.precision}")
     print(report)
     print("relative error of the gradient against stored activations:")
@@ -320,6 +326,12 @@ def _parse_grow(text: str, shape: Shape) -> tuple[tuple[int, ...], int]:
     if dimensions[-1] >= len(shape):
         raise ValueError(f"--grow {text!r}: the input has only the dimensions 0 to {len(shape) - 1}")
     return dimensions, int(numbers[-1])
+
+
+def _say(text: str) -> None:
+    """What is being done, on one line of a terminal that the next call overwrites."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
