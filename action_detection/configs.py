@@ -117,7 +117,7 @@ def untrimmed_small(method: Method) -> Config:
 
     python -m action_detection.prepare --tiny && python -m action_detection.train untrimmed_small_dr2net
     110 training and 40 validation videos in windows of 96 frames of 56 x 56, 16 seconds. 216 steps take 6 to 10 minutes
-    on one core. Branches in chunks of 16 MiB need less memory than checkpointing and are as fast; whole ones are
+    on one core. Branches in chunks of 32 MiB need less memory than checkpointing and are as fast; whole ones are
     neither. The numbers are in results/README.md.
     """
     return Config(
@@ -133,7 +133,7 @@ def untrimmed_small(method: Method) -> Config:
             clip_norm=1.0,
             precision="fp32",
         ),
-        finetuning=Finetuning(method=method, chunk_mib=16, recompute_rest=True),
+        finetuning=Finetuning(method=method, chunk_mib=32, recompute_rest=True),
         run=Run(micro_batch=4, num_workers=0, evaluate_every_epochs=8),
     )
 

@@ -40,16 +40,20 @@ class Groups:
         """What all groups use and is computed once per pass, differentiably, from the parameters."""
         return ()
 
-    def take(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """Groups start to stop of x or of a gradient, given as rows (num_rows, C): (stop - start, *inner, C)."""
-        return rows[start * self.rows : stop * self.rows].view(stop - start, *self.inner, rows.shape[-1])
+    def where(self, start: int, stop: int, device: torch.device) -> Any:
+        """Groups start to stop, as `take`, `put` and `call` want them; made once per chunk and pass."""
+        return slice(start * self.rows, stop * self.rows)
 
-    def put(self, rows: Tensor, values: Tensor, start: int, stop: int) -> None:
+    def take(self, rows: Tensor, where: Any) -> Tensor:
+        """These groups of x or of a gradient, given as rows (num_rows, C): (num_groups, *inner, C)."""
+        return rows[where].view(-1, *self.inner, rows.shape[-1])
+
+    def put(self, rows: Tensor, values: Tensor, where: Any) -> None:
         """The inverse of `take`; `rows` has one row more than x, which may be written and is not read."""
-        rows[start * self.rows : stop * self.rows] = values.reshape(-1, rows.shape[-1])
+        rows[where] = values.reshape(-1, rows.shape[-1])
 
-    def call(self, chunk: Tensor, start: int, stop: int, *shared: Tensor) -> Tensor:
-        """F of groups start to stop."""
+    def call(self, chunk: Tensor, where: Any, *shared: Tensor) -> Tensor:
+        """F of these groups."""
         return self.function(chunk)
 
     def floats(self, modules: Sequence[nn.Module]) -> int:
@@ -89,8 +93,10 @@ class Chunks:
         found = self.drop_path(ones)
         return None if found is ones else found
 
-    def call(self, chunk: Tensor, start: int, stop: int, factors: Tensor | None, shared: Sequence[Tensor]) -> Tensor:
-        f = self.groups.call(chunk, start, stop, *shared)
+    def call(
+        self, chunk: Tensor, start: int, stop: int, where: Any, factors: Tensor | None, shared: Sequence[Tensor]
+    ) -> Tensor:
+        f = self.groups.call(chunk, where, *shared)
         if f.shape != chunk.shape:
             raise ValueError(f"groups of shape {tuple(chunk.shape)} became {tuple(f.shape)}; they must keep the shape")
         if factors is None:
@@ -105,11 +111,12 @@ def evaluate(chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool)
     out = _buffer(rows)
     shared, factors = chunks.groups.shared(), chunks.factors(x)
     for start, stop in chunks.spans(x, all_of_them=keep_graph):
-        chunk = chunks.groups.take(rows, start, stop)
+        where = chunks.groups.where(start, stop, x.device)
+        chunk = chunks.groups.take(rows, where)
         if not keep_graph:
             chunk = chunk.detach().requires_grad_(x.requires_grad)
-        f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, factors, shared)
-        chunks.groups.put(out, f if keep_graph else f.detach(), start, stop)
+        f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, shared)
+        chunks.groups.put(out, f if keep_graph else f.detach(), where)
     return out[:-1].view(x.shape)
 
 
@@ -136,11 +143,12 @@ def differentiate(
     inputs = [t for t in (*leaves, *parameters) if t.requires_grad]
     sums: list[Tensor | None] = [None] * len(inputs)
     for start, stop in chunks.spans(x):
-        chunk = chunks.groups.take(rows, start, stop).detach().requires_grad_(x.requires_grad)
-        grad_chunk = chunks.groups.take(grad_rows, start, stop)
+        where = chunks.groups.where(start, stop, x.device)
+        chunk = chunks.groups.take(rows, where).detach().requires_grad_(x.requires_grad)
+        grad_chunk = chunks.groups.take(grad_rows, where)
         with surroundings():
-            f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, factors, [t.view_as(t) for t in leaves])
-        chunks.groups.put(out, f.detach(), start, stop)
+            f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, [t.view_as(t) for t in leaves])
+        chunks.groups.put(out, f.detach(), where)
         wanted = [chunk, *inputs] if grad_x is not None else inputs
         found: list[Tensor | None] = [None] * len(wanted)
         if f.requires_grad:
@@ -154,7 +162,7 @@ def differentiate(
                 of_chunk = grad_chunk * alpha
             elif alpha != 0:
                 of_chunk = (grad_chunk * alpha).add_(of_chunk)
-            chunks.groups.put(grad_x, of_chunk, start, stop)
+            chunks.groups.put(grad_x, of_chunk, where)
             del of_chunk
         for k in reversed(range(len(inputs))):
             value = found.pop()

@@ -11,6 +11,7 @@ attention is only cut by samples.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ from torch.nn import functional as F
 from dr2net.chunks import Groups
 
 SHIFT_MASK = -100.0  # torchvision's value
+
+
+class Place(NamedTuple):
+    """Where the tokens of some windows stand, (num_windows, N) each."""
+
+    row: Tensor  # of x; padding has the number of the row after the last
+    real: Tensor | None  # whether it is a row at all; None: all are
+    region: Tensor | None  # between unequal ones there is no attention; None: there is between all
 
 
 class Windows(Groups):
@@ -49,30 +58,49 @@ class Windows(Groups):
             return (self.attention.get_relative_position_bias(self.window),)
         return (self.attention.get_relative_position_bias(),)
 
-    def take(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        index, real = self._tokens(start, stop, rows.device)
-        found = rows.index_select(0, index.flatten().clamp(max=len(rows) - 1))
+    def where(self, start: int, stop: int, device: torch.device) -> Place:
+        number = torch.arange(start, stop, device=device).unsqueeze(1)
+        inside = torch.arange(self.rows, device=device).unsqueeze(0)
+        places: list[Tensor] = []  # per dimension, in the shifted and padded volume
+        for g, w in zip(reversed(self.grid), reversed(self.window), strict=True):
+            places.insert(0, number % g * w + inside % w)
+            number, inside = number // g, inside // w
+        row, real, region = number, None, None  # a window's number is now that of its sample
+        for n, padded, window, shift, place in zip(
+            self.size, self.padded, self.window, self.shift, places, strict=True
+        ):
+            if shift:
+                border = (place >= padded - window).int() + (place >= padded - shift).int()
+                region = border if region is None else region * 3 + border
+                place = (place + shift) % padded
+            if padded > n:
+                real = place < n if real is None else real & (place < n)
+            row = row * n + place
         if real is not None:
-            found = found.masked_fill(~real.view(-1, 1), 0)
-        return found.view(stop - start, self.rows, rows.shape[-1])
+            row = torch.where(real, row, self.samples * math.prod(self.size))
+        return Place(row, real, region)
 
-    def put(self, rows: Tensor, values: Tensor, start: int, stop: int) -> None:
-        index, _ = self._tokens(start, stop, rows.device)  # padding goes into the row too many
-        rows.index_copy_(0, index.flatten(), values.reshape(-1, rows.shape[-1]).to(rows.dtype))
+    def take(self, rows: Tensor, where: Place) -> Tensor:
+        found = rows.index_select(0, where.row.flatten().clamp(max=len(rows) - 1))
+        if where.real is not None:
+            found = found.masked_fill(~where.real.view(-1, 1), 0)
+        return found.view(-1, self.rows, rows.shape[-1])
 
-    def call(self, chunk: Tensor, start: int, stop: int, *shared: Tensor) -> Tensor:
+    def put(self, rows: Tensor, values: Tensor, where: Place) -> None:
+        rows.index_copy_(0, where.row.flatten(), values.reshape(-1, rows.shape[-1]).to(rows.dtype))
+
+    def call(self, chunk: Tensor, where: Place, *shared: Tensor) -> Tensor:
         """(num_windows, N, C) -> the same."""
         attention, (bias,) = self.attention, shared
         h = self.norm(chunk)
-        _, real = self._tokens(start, stop, chunk.device)
-        if real is not None:  # padding is put in after the norm
-            h = h.masked_fill(~real.unsqueeze(-1), 0)
+        if where.real is not None:  # padding is put in after the norm
+            h = h.masked_fill(~where.real.unsqueeze(-1), 0)
         num_windows, n, width = h.shape
         qkv = F.linear(h, attention.qkv.weight, attention.qkv.bias)
         del h
         q, k, v = qkv.view(num_windows, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = bias.to(q.dtype)
-        mask = self._shift_mask(start, stop, bias) if any(self.shift) else None
+        mask = None if where.region is None else shift_mask(where.region, bias.dtype)
         dropout = attention.attention_dropout if attention.training else 0.0
         if q.device.type == "cpu" and bias.requires_grad:
             # torch 2.14 has no fused kernel for a bias with gradient there; what it runs instead is slower than this
@@ -90,37 +118,8 @@ class Windows(Groups):
         """With three attention maps: the mask, the scores, and a gradient, where the kernel is not fused."""
         return super().floats(modules) + 3 * self.attention.num_heads * self.rows**2
 
-    def _positions(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """The sample of each window, (num_windows, 1), and per dimension the place of each token in the shifted and
-        padded volume, (num_windows, N)."""
-        number = torch.arange(start, stop, device=device).unsqueeze(1)
-        inside = torch.arange(self.rows, device=device).unsqueeze(0)
-        places: list[Tensor] = []
-        for g, w in zip(reversed(self.grid), reversed(self.window), strict=True):
-            places.insert(0, number % g * w + inside % w)
-            number, inside = number // g, inside // w
-        return number, places
 
-    def _tokens(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The row of x that each token of each window is, and whether it is one at all (None: all are), both
-        (num_windows, N). Padding has the number of the row after the last."""
-        index, places = self._positions(start, stop, device)
-        real = None
-        for n, padded, shift, place in zip(self.size, self.padded, self.shift, places, strict=True):
-            place = (place + shift) % padded if shift else place
-            if padded > n:
-                real = place < n if real is None else real & (place < n)
-            index = index * n + place
-        if real is not None:
-            index = torch.where(real, index, self.samples * math.prod(self.size))
-        return index, real
-
-    def _shift_mask(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """(num_windows, 1, N, N): SHIFT_MASK between tokens that the shift brought together from opposite borders."""
-        _, places = self._positions(start, stop, like.device)
-        region: Tensor | int = 0
-        for padded, window, shift, place in zip(self.padded, self.window, self.shift, places, strict=True):
-            if shift:
-                region = region * 3 + (place >= padded - window).int() + (place >= padded - shift).int()
-        apart = region.unsqueeze(1) != region.unsqueeze(2)
-        return apart.unsqueeze(1).to(like.dtype) * SHIFT_MASK
+def shift_mask(region: Tensor, dtype: torch.dtype) -> Tensor:
+    """(num_windows, 1, N, N): SHIFT_MASK between tokens that the shift brought together from opposite borders."""
+    apart = region.unsqueeze(1) != region.unsqueeze(2)
+    return apart.unsqueeze(1).to(dtype) * SHIFT_MASK

@@ -83,6 +83,6 @@ def test_attention_dropout_draws_torchvision_s_masks_when_all_windows_are_one_ch
 
 def test_every_token_is_in_one_window_and_padding_in_none() -> None:
     norm, attention, x = build("3-D shifted and padded")
-    index, real = Windows(norm, attention, x)._tokens(0, 2 * 2 * 3 * 2, x.device)
+    index, real, _ = Windows(norm, attention, x).where(0, 2 * 2 * 3 * 2, x.device)
     assert sorted(index[real].tolist()) == list(range(x[..., 0].numel()))
     assert set(index[~real].tolist()) == {x[..., 0].numel()}
