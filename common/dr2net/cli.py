@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except ValueError as error:
+        _say("")
         print(f"dr2net {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
