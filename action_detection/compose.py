@@ -2,7 +2,7 @@
 
     write_dataset(Path("data/untrimmed"), Composition())
 
-The classes are the motions of dr2net.training.motion. In each video objects stand, and now and then one of them acts
+The classes are the motions of engine.synthetic.motion. In each video objects stand, and now and then one of them acts
 for some seconds; the annotated segment is exactly the time of the motion. An object appears before it acts and leaves
 later, or acts again; others only stand, drift or pulse; the scene changes at times that have nothing to do with the
 actions. So a boundary can be seen by the motion alone. Training and validation share no object. Deterministic in the
@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from action_detection.annotations import LABELS
-from dr2net.training.jobs import run_jobs, write_json
-from dr2net.training.motion import MOTIONS, Track, draw_track, halve_again, place_object, smooth_curve
-from dr2net.training.sprites import Group, draw_background, draw_object, objects_of
-from dr2net.training.video import write_video
+from engine.data.video import write_video
+from engine.data.workers import run_jobs, write_json
+from engine.synthetic.motion import MOTIONS, Track, draw_track, halve_again, place_object, smooth_curve
+from engine.synthetic.sprites import Group, draw_background, draw_object, objects_of
 
 VERSION = 1  # raise it when a change of the renderer changes the files
 ANNOTATIONS = "activity_net.v1-3.min.json"  # written last: its presence says that the data set is complete

@@ -15,8 +15,8 @@ from typing import Literal
 
 from action_detection.data import Data
 from action_detection.metric import ACTIVITYNET_TIOU
-from dr2net.training.command import find_row
-from dr2net.training.config import METHODS, Finetuning, Method, Optimization, Preset, Run
+from engine.commands import find_row
+from engine.config import METHODS, Finetuning, Method, Optimization, Preset, Run
 
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # made by scripts/make_swin_weights.sh
 

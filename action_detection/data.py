@@ -11,8 +11,8 @@ A batch, in training and evaluation alike:
     name: list[str]    window (B,) long    start, seconds_per_step, duration (B,) float32 seconds    skipped: list[str]
 
 A sample is a pure function of its key (index, draw). Frames are taken by presentation time, so a variable frame rate
-changes nothing, and only those of the window are decoded. Not here: decoding (video.py) and pixel operations (clips.py)
-of dr2net.training, the metric (evaluate.py).
+changes nothing, and only those of the window are decoded. Not here: decoding and pixel
+operations (`engine.data`), the metric (evaluate.py).
 """
 
 import math
@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from action_detection.annotations import Annotations, Video, read_blocked, read_database
-from dr2net.training import clips
-from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import FrameCache, read_usable
+from engine.data import transforms
+from engine.data.loader import Loaders, build_loader
+from engine.data.video import FrameCache, read_usable
 
 ANNOTATIONS = {"activitynet": "activity_net.v1-3.min.json", "thumos": "thumos_14_anno.json"}
 VIDEO_FOLDER = "videos"
@@ -235,7 +235,7 @@ def read_window(
     indices = np.searchsorted(info.timestamps, times[:num_real] + ON_SCREEN, side="right") - 1
     clip = _read_pixels(data, path, indices, draw, cache, info.height * info.width * 3)
     frames = torch.zeros(3, data.num_frames, data.image_size, data.image_size)
-    frames[:, :num_real] = clips.normalise(clip, data.mean, data.std)
+    frames[:, :num_real] = transforms.normalise(clip, data.mean, data.std)
     seconds_per_step = length / data.num_steps
     segments, labels = visible_instances(
         video, start, num_real * seconds_per_step / data.frames_per_step, data.min_overlap
@@ -273,17 +273,17 @@ def _read_pixels(
     for part in np.array_split(indices, -(-len(indices) * frame_bytes // MAX_CHUNK_BYTES)):
         clip = torch.from_numpy(cache.read_frames(path, part)).permute(0, 3, 1, 2)
         if draw is None:
-            pieces.append(clips.view_crop(clip, size, 0, 1))
+            pieces.append(transforms.view_crop(clip, size, 0, 1))
         else:  # one crop for the whole window: each piece draws it anew from the same generator
             crop = np.random.default_rng([draw, 1])
-            pieces.append(clips.random_resized_crop(clip, size, data.crop_scale, crop))
+            pieces.append(transforms.random_resized_crop(clip, size, data.crop_scale, crop))
     clip = torch.cat(pieces)
     if draw is None:
         return clip
     rng = np.random.default_rng([draw, 2])
     if data.flip and rng.random() < 0.5:
         clip = clip.flip(-1)
-    return clips.color_jitter(clip, data.color_jitter, rng)
+    return transforms.color_jitter(clip, data.color_jitter, rng)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

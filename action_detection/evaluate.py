@@ -26,10 +26,10 @@ from action_detection.data import build_test_loader, read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
 from action_detection.model import ActionDetector, build_model, without_weights
 from action_detection.ops import Window, soft_nms
-from dr2net.training.command import config_of_checkpoint, run_command
-from dr2net.training.data import gather, to_device
-from dr2net.training.jobs import tracked
-from dr2net.training.method import autocast, load_trained
+from engine.commands import config_of_checkpoint, run_command
+from engine.data.loader import gather, to_device
+from engine.data.workers import tracked
+from engine.training.finetuning import autocast, load_trained
 
 __all__ = ["build_evaluate", "evaluate_files"]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from action_detection.configs import Config
 from action_detection.head import ActionFormerHead
-from dr2net.training.checkpoint import refuse_non_finite
+from engine.weights import refuse_non_finite
 
 
 class ActionDetector(nn.Module):
@@ -103,9 +103,9 @@ def example_batch(config: Config) -> dict:
 def _build_backbone(config: Config) -> nn.Module:
     model = config.model
     if model.backbone == "slowfast101":
-        from dr2net.backbones.slowfast import build_slowfast
+        from engine.backbones.slowfast import build_slowfast
 
         return build_slowfast(model.backbone, weights=model.weights, drop_path=model.drop_path)
-    from dr2net.backbones.video_swin import build_video_swin
+    from engine.backbones.video_swin import build_video_swin
 
     return build_video_swin(model.backbone, weights=model.weights, drop_path=model.drop_path)

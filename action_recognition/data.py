@@ -7,7 +7,7 @@ A batch is {"video": (B, 3, T, H, W) float32, "label": (B,) long, "name": list[s
 with mixing also "target": (B, K), in evaluation also "view": (B,) long. A sample is a pure function of its key (index,
 draw). That is why mixup and cutmix take their partner by index and not from the batch: how a batch is split over
 devices and accumulation steps must not change what is learned. Not here: decoding (video.py) and pixel operations
-(clips.py) of dr2net.training.
+(engine.data.transforms).
 """
 
 import csv
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dr2net.training import clips
-from dr2net.training.data import Loaders, build_loader
-from dr2net.training.video import FrameCache, VideoInfo, read_usable
+from engine.data import transforms
+from engine.data.loader import Loaders, build_loader
+from engine.data.video import FrameCache, VideoInfo, read_usable
 
 Split = Literal["train", "validation"]
 
@@ -227,9 +227,9 @@ def clip_indices(
 ) -> np.ndarray:
     """The frames of a clip, (num_frames,) int64: at random with `rng`, else number `segment` of `segments`."""
     if data.sampling == "segments":
-        return clips.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
+        return transforms.segment_indices(info.num_frames, data.num_frames, rng, segment, segments)
     args = (info.timestamps, info.seconds, data.num_frames, data.stride)
-    return clips.dense_indices(*args, rng, segment, segments)
+    return transforms.dense_indices(*args, rng, segment, segments)
 
 
 def read_clip(
@@ -250,13 +250,13 @@ def read_clip(
     indices = clip_indices(data, cache.probe(path), rng, segment, segments)
     clip = torch.from_numpy(cache.read_frames(path, indices)).permute(0, 3, 1, 2)
     if rng is None:
-        return clips.normalise(clips.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
-    clip = clips.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
+        return transforms.normalise(transforms.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
+    clip = transforms.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
     if data.flip and rng.random() < 0.5:
         clip = clip.flip(-1)
-    clip = clips.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
-    clip = clips.color_jitter(clip, data.color_jitter, rng)
-    return clips.random_erase(clips.normalise(clip, data.mean, data.std), data.erase, rng)
+    clip = transforms.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
+    clip = transforms.color_jitter(clip, data.color_jitter, rng)
+    return transforms.random_erase(transforms.normalise(clip, data.mean, data.std), data.erase, rng)
 
 
 def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Generator) -> tuple[Tensor, float]:
@@ -264,7 +264,7 @@ def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Ge
     if not cut:
         return share * video + (1 - share) * other, share
     height, width = video.shape[-2:]
-    top, bottom, left, right = clips.cutmix_box(height, width, 1 - share, rng)
+    top, bottom, left, right = transforms.cutmix_box(height, width, 1 - share, rng)
     video = video.clone()
     video[..., top:bottom, left:right] = other[..., top:bottom, left:right]
     return video, 1 - (bottom - top) * (right - left) / (height * width)

@@ -20,10 +20,10 @@ from action_recognition.configs import Config
 from action_recognition.data import build_test_loader, class_names
 from action_recognition.head import merge_views
 from action_recognition.model import ActionRecognizer, build_model, without_weights
-from dr2net.training.command import config_of_checkpoint, run_command
-from dr2net.training.data import gather
-from dr2net.training.jobs import tracked
-from dr2net.training.method import autocast, load_trained
+from engine.commands import config_of_checkpoint, run_command
+from engine.data.loader import gather
+from engine.data.workers import tracked
+from engine.training.finetuning import autocast, load_trained
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from action_recognition.configs import Config
 from action_recognition.head import GridHead, MeanHead
-from dr2net.training.checkpoint import load_weights, refuse_non_finite
+from engine.weights import load_weights, refuse_non_finite
 
 
 class ActionRecognizer(nn.Module):
@@ -66,7 +66,7 @@ def example_batch(config: Config) -> dict:
 def _build_backbone(config: Config) -> nn.Module:
     model, data = config.model, config.data
     if model.family == "videomae":
-        from dr2net.backbones.videomae import build_videomae
+        from engine.backbones.videomae import build_videomae
 
         return build_videomae(
             model.name,
@@ -76,7 +76,7 @@ def _build_backbone(config: Config) -> nn.Module:
             depth=model.depth,
             drop_path=model.drop_path,
         )
-    from dr2net.backbones.video_vit import VideoViT, build_image_vit, build_tiny_vit
+    from engine.backbones.video_vit import VideoViT, build_image_vit, build_tiny_vit
 
     if model.name == "tiny":  # this project's own; its weights are those of a whole VideoViT
         image = build_tiny_vit(image_size=data.image_size, drop_path=model.drop_path)

@@ -19,9 +19,9 @@ from action_recognition.configs import Config
 from action_recognition.data import class_names, clip_indices, read_clip
 from action_recognition.evaluate import load_recognizer
 from action_recognition.head import merge_views
-from dr2net.training.command import run_command
-from dr2net.training.method import autocast
-from dr2net.training.video import probe, read_frames, write_video
+from engine.commands import run_command
+from engine.data.video import probe, read_frames, write_video
+from engine.training.finetuning import autocast
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
 def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tuple[Path, Path]:
     """Print the top-5 and write the contact sheet and the annotated video; returns their paths.
 
-    Raises FileNotFoundError for a missing file, dr2net.training.video.BrokenVideo for one that cannot be decoded.
+    Raises FileNotFoundError for a missing file, engine.data.video.BrokenVideo for one that cannot be decoded.
     """
     names = class_names(config.data)
     info = probe(video)

@@ -16,8 +16,8 @@ from typing import Literal, get_args
 
 from action_recognition.compose import STAMP, VIDEO_FOLDER, Composition, write_contact_sheet, write_dataset
 from action_recognition.data import Data, Split, find_videos, read_class_names
-from dr2net.training.download import download, extract, free_bytes
-from dr2net.training.jobs import damaged_videos, name_some, progress_bar
+from engine.data.download import download, extract, free_bytes
+from engine.data.workers import damaged_videos, name_some, progress_bar
 
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
 KINETICS_BYTES = {"train": 400 << 30, "val": 48 << 30}  # about; the mirror publishes neither sizes nor checksums

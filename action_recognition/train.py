@@ -10,9 +10,10 @@ from action_recognition.data import build_loaders
 from action_recognition.evaluate import evaluate
 from action_recognition.head import build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
-from dr2net.training.command import parse_config, run_command
-from dr2net.training.engine import fit, set_seed
-from dr2net.training.plan import plan_row, publish_plan
+from engine.commands import parse_config, run_command
+from engine.training.devices import set_seed
+from engine.training.fit import fit
+from engine.training.plan import plan_row, publish_plan
 
 
 def main(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 # root. `run` runs a command, or with --dry-run prints it.
 set -euo pipefail
 PYTHON="${PYTHON:-.venv/bin/python}"
-DOWNLOAD="common/dr2net/training/download.py"
+DOWNLOAD="common/engine/data/download.py"
 DRY_RUN=0
 
 for argument in "$@"; do

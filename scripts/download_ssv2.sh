@@ -19,7 +19,7 @@ unpack_videos() {
 }
 
 unpack_labels() {
-  "$PYTHON" common/dr2net/training/download.py extract "$ARCHIVES/$LABELS" "$ARCHIVES/labels"
+  "$PYTHON" common/engine/data/download.py extract "$ARCHIVES/$LABELS" "$ARCHIVES/labels"
   local split file
   for split in train validation labels test; do
     file="$(find "$ARCHIVES/labels" -name "$split.json" -o -name "something-something-v2-$split.json" | head -n 1)"

@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="common:."
-exec "$PYTHON" -m scripts.pretrain_swin "$@"
+exec "$PYTHON" -m action_detection.pretrain "$@"

@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="common:."
-exec "$PYTHON" -m scripts.pretrain_tiny "$@"
+exec "$PYTHON" -m action_recognition.pretrain "$@"

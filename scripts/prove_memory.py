@@ -106,7 +106,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(run_step(options.child, options.frames, options.gib[0])))
         return
-    from dr2net.training.results import commit, versions
+    from engine.records.provenance import commit, versions
 
     runs = []
     for gib in options.gib:

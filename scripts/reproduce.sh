@@ -79,5 +79,5 @@ for task in "${tasks[@]}"; do
             run "$python" -m "$task.train" "$row" --seed "$seed" </dev/null
         fi
     done <<<"$rows"
-    run "$python" -m dr2net.training.tables publish "$task"
+    run "$python" -m engine.records.tables publish "$task"
 done

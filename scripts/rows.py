@@ -8,8 +8,8 @@ import dataclasses
 import importlib
 from typing import get_args
 
-from dr2net.training.config import METHODS, Preset
-from dr2net.training.results import is_finished
+from engine.config import METHODS, Preset
+from engine.records.record import is_finished
 
 SEEDS = {"tiny": (0,), "laptop": (0, 1), "paper": (0,)}
 

@@ -31,7 +31,8 @@ from dr2net import planner
 from dr2net.cli import print_table
 from dr2net.memory import Memory, format_bytes, predict
 from dr2net.planner import BUDGETS_GB, METHODS, Setting
-from dr2net.training.results import commit, read_records, versions
+from engine.records.provenance import commit, versions
+from engine.records.record import read_records
 
 Rows = list[dict[str, Any]]
 SWIN = {  # width, blocks per stage, heads

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import dr2net
 from dr2net import exact
-from dr2net.backbones.video_vit import build_image_vit
-from dr2net.training.motion import render_clip
-from dr2net.training.results import commit, device_name, versions
+from engine.backbones.video_vit import build_image_vit
+from engine.records.provenance import commit, device_name, versions
+from engine.synthetic.motion import render_clip
 
 GRID = (  # (alpha, beta), from the pretrained network to the hard reversible one
     (1.0, 1 / 64),

@@ -39,7 +39,7 @@ run() {
 }
 
 # shellcheck disable=SC2086 # seeds are words
-rows=$("$python" -m scripts.table_schedule --list $SEEDS)
+rows=$("$python" -m action_recognition.table_schedule --list $SEEDS)
 if grep -q ' open$' <<<"$rows"; then
     run "$python" -m action_recognition.prepare --tiny
 fi
@@ -50,5 +50,5 @@ while read -r row seed state; do
         run "$python" -m action_recognition.train "$row" --seed "$seed" </dev/null
     fi
 done <<<"$rows"
-run "$python" -m dr2net.training.tables publish action_recognition
-run "$python" -m scripts.table_schedule
+run "$python" -m engine.records.tables publish action_recognition
+run "$python" -m action_recognition.table_schedule

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import dr2net
-from dr2net.training.results import commit, device_name, versions
+from engine.records.provenance import commit, device_name, versions
 
 
 @dataclass(frozen=True)

@@ -26,4 +26,4 @@ while read -r row _; do
         if [ "$DRY_RUN" = false ]; then "$PYTHON" -m "$TASK.train" "$row" --plan </dev/null; fi
     fi
 done <<<"$rows"
-if [ "$DRY_RUN" = false ]; then "$PYTHON" -m dr2net.training.tables show "$TASK"; fi
+if [ "$DRY_RUN" = false ]; then "$PYTHON" -m engine.records.tables show "$TASK"; fi

@@ -9,8 +9,8 @@ import pytest
 from action_detection import compose
 from action_detection.compose import Composition, compose_scene, write_contact_sheet, write_dataset
 from action_detection.data import Data, read_annotations
-from dr2net.training.motion import MOTIONS
-from dr2net.training.video import probe, read_frames
+from engine.data.video import probe, read_frames
+from engine.synthetic.motion import MOTIONS
 
 SMALL = Composition(num_training=3, num_validation=2, size=32, seconds=(9.0, 14.0), action_seconds=(1.5, 3.0))
 SCENES = [compose_scene(Composition(), "training", number) for number in range(1, 31)]

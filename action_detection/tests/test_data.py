@@ -27,8 +27,8 @@ from action_detection.data import (
     windows_of_file,
 )
 from action_detection.tests.toy_videos import DATABASE, FPS, SIZE, annotate, entry, frames_of, make_data
-from dr2net.training.config import Run
-from dr2net.training.video import BrokenVideo, write_video
+from engine.config import Run
+from engine.data.video import BrokenVideo, write_video
 
 
 def seconds_seen(video: torch.Tensor) -> torch.Tensor:

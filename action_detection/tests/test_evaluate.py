@@ -28,10 +28,10 @@ from action_detection.evaluate import (
 )
 from action_detection.model import build_model, without_weights
 from action_detection.ops import Window
-from dr2net.training import checkpoint
-from dr2net.training.command import run_command
-from dr2net.training.method import apply_method, coefficients
-from dr2net.training.results import as_json
+from engine.commands import run_command
+from engine.records.record import as_json
+from engine.training import checkpoint
+from engine.training.finetuning import apply_method, coefficients
 
 CPU = torch.device("cpu")
 SETTINGS = Detection(nms="none", min_score=0.0)

@@ -9,9 +9,9 @@ from action_detection.configs import Config, Detection, row
 from action_detection.head import ActionFormerHead
 from action_detection.model import ActionDetector, build_head, build_model, example_batch, without_weights
 from action_detection.vsgn import VSGNHead
-from dr2net.training.config import METHODS, Method
-from dr2net.training.method import apply_method, set_mode
-from dr2net.training.plan import plan_row
+from engine.config import METHODS, Method
+from engine.training.finetuning import apply_method, set_mode
+from engine.training.plan import plan_row
 
 HEADS = {"actionformer": ActionFormerHead, "vsgn": VSGNHead}
 
@@ -105,7 +105,7 @@ def test_features_of_any_rate_are_brought_to_the_steps(every, expected):
 
 
 def test_slowfast_carries_a_head():
-    from dr2net.backbones.slowfast import build_slowfast
+    from engine.backbones.slowfast import build_slowfast
 
     backbone = build_slowfast("slowfast50", weights=None, widths=(16, 2))
     config = tiny()

@@ -28,10 +28,11 @@ from action_detection.predict import (
     main,
     predict,
 )
-from dr2net.training import checkpoint, video
-from dr2net.training.method import coefficients
-from dr2net.training.results import as_json
-from dr2net.training.video import BrokenVideo, probe, read_frames, write_frames, write_video
+from engine.data import video
+from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
+from engine.records.record import as_json
+from engine.training import checkpoint
+from engine.training.finetuning import coefficients
 
 NAME = "untrimmed_tiny_dr2net"
 

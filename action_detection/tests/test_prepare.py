@@ -19,7 +19,7 @@ import pytest
 from action_detection.compose import ANNOTATIONS, STAMP, Composition, write_dataset
 from action_detection.data import Data, read_annotations
 from action_detection.prepare import Arguments, check, main, write_thumos_annotations
-from dr2net.training.video import write_video
+from engine.data.video import write_video
 
 SMALL = Composition(num_training=2, num_validation=2, size=32, seconds=(9.0, 10.0), action_seconds=(1.5, 3.0))
 ROOT = Path(__file__).parents[2]

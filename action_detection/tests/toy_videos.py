@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from action_detection.data import Data
-from dr2net.training.video import write_video
+from engine.data.video import write_video
 
 FPS, SIZE = 10, 32
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

@@ -8,9 +8,9 @@ import pytest
 
 from action_recognition import compose
 from action_recognition.compose import Composition, write_contact_sheet, write_dataset
-from dr2net.training.motion import MOTIONS, draw_track, render_clip
-from dr2net.training.sprites import SHAPES, objects_of
-from dr2net.training.video import probe, read_frames
+from engine.data.video import probe, read_frames
+from engine.synthetic.motion import MOTIONS, draw_track, render_clip
+from engine.synthetic.sprites import SHAPES, objects_of
 
 SMALL = Composition(num_train=20, num_validation=10, size=48, num_frames=(6, 8))
 PAIRS = [("moving left", "moving right"), ("moving up", "moving down"), ("approaching", "receding")] + [
@@ -84,8 +84,8 @@ def test_objects_turn_clockwise_on_the_screen():
     # A quarter of a turn clockwise takes the arrow's tip from the top to the right.
     from PIL import Image
 
-    from dr2net.training.motion import place_object
-    from dr2net.training.sprites import draw_object
+    from engine.synthetic.motion import place_object
+    from engine.synthetic.sprites import draw_object
 
     sprite, _ = draw_object(np.random.default_rng(0), "arrow", "plain")
     mask = Image.fromarray(sprite).convert("RGBa")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from action_recognition.data import Clips, Data, build_loaders, build_test_loader, class_names, collate, read_entries
-from dr2net.training import clips
-from dr2net.training.config import Run
-from dr2net.training.video import BrokenVideo, write_video
+from engine.config import Run
+from engine.data import transforms
+from engine.data.video import BrokenVideo, write_video
 
 NUM_CLASSES, SIZE, LENGTH = 3, 32, 10
 
@@ -110,7 +110,7 @@ def test_repeated_augmentation_makes_different_samples_of_one_video(data):
 
 def test_without_augmentation_a_clip_holds_the_segment_centres_normalised(data):
     sample = Clips(data, "validation", train=False)[(0, 0)][0]
-    indices = clips.segment_indices(LENGTH, 4, None)
+    indices = transforms.segment_indices(LENGTH, 4, None)
     assert indices.tolist() == [1, 3, 6, 8]
     expected = (video_of(8)[indices][:, :, 8:40].astype(np.float32) / 255 - np.array(data.mean)) / np.array(data.std)
     found = sample["video"].permute(1, 2, 3, 0).numpy()
@@ -121,11 +121,11 @@ def test_without_augmentation_a_clip_holds_the_segment_centres_normalised(data):
 def test_random_segments_stay_in_their_segments_and_short_videos_repeat_frames():
     rng = np.random.default_rng(0)
     for length in (1, 3, 16, 50):
-        drawn = np.array([clips.segment_indices(length, 8, rng) for _ in range(300)])
+        drawn = np.array([transforms.segment_indices(length, 8, rng) for _ in range(300)])
         edges = np.arange(9) * length / 8
         assert (drawn >= np.floor(edges[:-1])).all() and (drawn < np.ceil(edges[1:])).all()
         assert set(drawn.ravel()) == set(range(length))  # every frame can be drawn
-    views = [clips.segment_indices(16, 8, None, view, 2).tolist() for view in (0, 1)]
+    views = [transforms.segment_indices(16, 8, None, view, 2).tolist() for view in (0, 1)]
     assert views == [list(range(0, 16, 2)), list(range(1, 16, 2))]
 
 
@@ -134,19 +134,19 @@ def test_dense_clips_keep_their_stride_and_cover_the_video():
     rng = np.random.default_rng(0)
     starts = set()
     for _ in range(500):
-        indices = clips.dense_indices(times, 4.0, 8, 4, rng)
+        indices = transforms.dense_indices(times, 4.0, 8, 4, rng)
         assert set(np.diff(indices)) == {4}
         starts.add(int(indices[0]))
     assert min(starts) == 0 and max(starts) == 100 - 29
-    assert clips.dense_indices(times, 4.0, 8, 4, None).tolist() == list(range(35, 67, 4))
-    views = [clips.dense_indices(times, 4.0, 8, 4, None, view, 5)[0] for view in range(5)]
+    assert transforms.dense_indices(times, 4.0, 8, 4, None).tolist() == list(range(35, 67, 4))
+    views = [transforms.dense_indices(times, 4.0, 8, 4, None, view, 5)[0] for view in range(5)]
     assert views == sorted(set(views)) and views[0] == 0
-    assert clips.dense_indices(times[:5], 0.2, 8, 4, None).tolist() == [0, 4, 4, 4, 4, 4, 4, 4]
+    assert transforms.dense_indices(times[:5], 0.2, 8, 4, None).tolist() == [0, 4, 4, 4, 4, 4, 4, 4]
 
 
 def test_dense_sampling_goes_by_time_where_the_frame_rate_varies():
     times = np.concatenate([np.arange(50) / 50, 1 + np.arange(10) / 10])  # 50 frames in one second, then 10
-    indices = clips.dense_indices(times, 2.0, 16, 4, None)
+    indices = transforms.dense_indices(times, 2.0, 16, 4, None)
     assert np.allclose(np.diff(times[indices]), 4 * 2.0 / 60, atol=0.1)  # at most one slow frame off
     assert (indices < 50).sum() == pytest.approx((indices >= 50).sum(), abs=1)
 
@@ -166,7 +166,7 @@ def test_random_crops_stay_inside_and_keep_their_share():
     y, x = torch.meshgrid(torch.arange(60), torch.arange(90), indexing="ij")
     clip = torch.stack([y * 4, x * 2, x * 0]).to(torch.uint8)[None].repeat(2, 1, 1, 1)
     for _ in range(50):
-        crop = clips.random_resized_crop(clip, 16, (0.25, 0.25), rng).float()
+        crop = transforms.random_resized_crop(clip, 16, (0.25, 0.25), rng).float()
         assert crop.shape == (2, 3, 16, 16) and torch.equal(crop[0], crop[1])
         height, width = (crop[0, 0].amax() - crop[0, 0].amin()) / 4, (crop[0, 1].amax() - crop[0, 1].amin()) / 2
         # The resized crop spans 15/16 of what was cut, less antialiasing.
@@ -176,14 +176,14 @@ def test_random_crops_stay_inside_and_keep_their_share():
 def test_augmentation_is_the_same_in_all_frames():
     clip = torch.randint(0, 255, (1, 3, 24, 24), dtype=torch.uint8).repeat(5, 1, 1, 1)
     for seed in range(20):
-        out = clips.rand_augment(clip, 3, 15, np.random.default_rng(seed))
-        out = clips.color_jitter(out, 0.4, np.random.default_rng(seed))
+        out = transforms.rand_augment(clip, 3, 15, np.random.default_rng(seed))
+        out = transforms.color_jitter(out, 0.4, np.random.default_rng(seed))
         assert all(torch.equal(out[0], frame) for frame in out)
     video = torch.zeros(3, 5, 24, 24)
-    erased = clips.random_erase(video, 1.0, np.random.default_rng(0)) != 0
+    erased = transforms.random_erase(video, 1.0, np.random.default_rng(0)) != 0
     assert erased.any() and all(torch.equal(erased[:, 0], erased[:, t]) for t in range(5))
     assert not video.any()  # the caller's tensor is left alone
-    assert clips.random_erase(video, 0.0, np.random.default_rng(0)) is video
+    assert transforms.random_erase(video, 0.0, np.random.default_rng(0)) is video
 
 
 def test_nothing_is_flipped_unless_asked(data):

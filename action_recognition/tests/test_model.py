@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from action_recognition.configs import Config, Model, row
 from action_recognition.head import MeanHead, build_criterion
 from action_recognition.model import build_model, example_batch, without_weights
-from dr2net.training.config import METHODS
-from dr2net.training.method import apply_method
-from dr2net.training.plan import plan_row, publish_plan
-from dr2net.training.results import publish
+from engine.config import METHODS
+from engine.records.record import publish
+from engine.training.finetuning import apply_method
+from engine.training.plan import plan_row, publish_plan
 
 
 def tiny(**changes) -> Config:

@@ -12,10 +12,10 @@ from action_recognition.configs import Config, row
 from action_recognition.evaluate import load_recognizer
 from action_recognition.model import build_model, without_weights
 from action_recognition.predict import annotate, classify, draw_contact_sheet, predict
-from dr2net.training import checkpoint
-from dr2net.training.method import apply_method, coefficients
-from dr2net.training.results import as_json
-from dr2net.training.video import BrokenVideo, probe
+from engine.data.video import BrokenVideo, probe
+from engine.records.record import as_json
+from engine.training import checkpoint
+from engine.training.finetuning import apply_method, coefficients
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,8 @@ from action_recognition import prepare
 from action_recognition.compose import Composition, write_dataset
 from action_recognition.data import Data, read_entries
 from action_recognition.prepare import Arguments, check, compose, download_kinetics, main
-from dr2net.training.download import DownloadError
-from dr2net.training.video import write_video
+from engine.data.download import DownloadError
+from engine.data.video import write_video
 
 SMALL = Composition(num_classes=4, num_train=30, num_validation=8, size=32, num_frames=(4, 5))
 ROOT = Path(__file__).parents[2]

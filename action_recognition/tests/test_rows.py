@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from action_recognition.configs import FAMILIES, ROWS, SCHEDULES, Config, row
-from dr2net.training.command import config_of_checkpoint, parse_config
-from dr2net.training.config import METHODS
-from dr2net.training.method import coefficients
-from dr2net.training.results import as_json, run_folder
+from engine.commands import config_of_checkpoint, parse_config
+from engine.config import METHODS
+from engine.records.record import as_json, run_folder
+from engine.training.finetuning import coefficients
 
 
 @pytest.mark.parametrize("name", ROWS)

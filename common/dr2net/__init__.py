@@ -10,7 +10,7 @@ loss(model(batch)).backward()                            # activations are rebui
 from dr2net.branches import Branch, branches_of
 from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, set_coefficients
 from dr2net.error_law import anchor_spacing, growth, predicted_error
-from dr2net.precision import GradientError, gradient_error
+from dr2net.gradient_check import GradientError, gradient_error
 from dr2net.reversible import ReversibleSequence
 from dr2net.schedule import Schedule
 

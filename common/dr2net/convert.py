@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dr2net.branches import find_branches
 from dr2net.error_law import TOLERANCE
-from dr2net.node import StatisticsKept
+from dr2net.module_state import StatisticsKept
 from dr2net.reversible import Inversion, ReversibleSequence, refuse_hooks
 
 
@@ -50,7 +50,6 @@ def convert(
     store: bool = False,
     chunk_mib: float | None = None,
     recompute_rest: bool = False,
-    parallel: bool = False,
 ) -> Report:
     """Make the residual blocks of `model` reversible, in place.
 
@@ -63,8 +62,6 @@ def convert(
         the setting for hierarchical networks and long inputs.
     recompute_rest: checkpoint what is not reversible (patch embedding and merging, norms, blocks that change the
         shape), except modules with buffers other than batch norm's.
-    parallel: on CUDA, recompute a branch on another stream while the one behind it is differentiated: the insides of
-        two branches are alive. For branches that are not in chunks. Its logic is tested on a CPU; not run on a GPU.
 
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
     converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
@@ -82,7 +79,6 @@ def convert(
             tolerance=tolerance,
             store=store,
             chunk_mib=chunk_mib,
-            parallel=parallel,
         )
         blocks = 0
         for child, block in container._modules.items():

@@ -3,8 +3,7 @@ keep.
 
     forward   x_i = F_i(x_{i-1}) + alpha x_{i-1} + beta x_{i-2}
     backward  recompute F_i at x_{i-1}, differentiate it, rebuild x_{i-2}, hand (x_{i-1}, x_{i-2}) to node i - 1
-              (in chunks, if the branch allows it and the sequence asks for it: `chunks.py`; or with F_{i-1} recomputed
-              while F_i is differentiated, if the sequence asks for that)
+              (in chunks, if the branch allows it and the sequence asks for it: `chunks.py`)
 
 Only the last node of a run, anchors, and with exact inversion the remainders and checksums are saved, all of it through
 `ctx.save_for_backward`. The chain of nodes is strictly sequential: x_{i-1} is an input of nodes i and i + 1, so node i
@@ -14,12 +13,10 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 `exact.py`).
 """
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, evaluate
+from dr2net.module_state import StatisticsKept, buffer_versions, refuse_changed_buffers
 
 
 @dataclass
@@ -40,10 +38,6 @@ class Tape:
     owned: bool = False  # the first of them is nobody else's and may be overwritten
     side: list[Tensor] = field(default_factory=list)
     checks: list[tuple[str, Tensor]] = field(default_factory=list)  # did each branch recompute the same?
-    parallel: bool = False  # recompute a branch while the one behind it is differentiated
-    nodes: WeakValueDictionary = field(default_factory=WeakValueDictionary)  # by index: what can be recomputed ahead
-    ahead: "Recomputed | None" = None  # of the node that comes next
-    cuda_streams: "list[torch.cuda.Stream]" = field(default_factory=list)
 
 
 @dataclass
@@ -53,7 +47,6 @@ class Recomputed:
     x: Tensor
     side: list[Tensor]
     f: Tensor
-    cuda_stream: "torch.cuda.Stream | None" = None  # where it is being computed
 
 
 @dataclass
@@ -158,7 +151,7 @@ class DualResidual(torch.autograd.Function):
             }
         ctx.set_materialize_grads(False)  # else the integer stream gets a gradient of zeros, as large as itself
         states = rng.record(x) if node.recording else {}
-        buffers = _buffer_versions(node.branch)
+        buffers = buffer_versions(node.branch.modules)
         if node.exact and node.recording:
             # under grad, like the recomputation, because other kernels may be chosen without; the graph is dropped at
             # once
@@ -166,14 +159,12 @@ class DualResidual(torch.autograd.Function):
                 f = node.call(x.detach().requires_grad_(ctx.needs_input_grad[1]), side).detach()
         else:
             f = node.call(x.detach(), side)
-        _refuse_stateful(node, buffers)
+        refuse_changed_buffers(node.name, buffers)
         if node.recording:
             node.random = rng.drawn(states, x)
             node.versions = [parameter._version for parameter in node.parameters]
             node.needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
             ctx.node = node
-            if node.tape.parallel and node.chunks is None and not node.own_side:
-                node.tape.nodes[node.index] = node
         if not node.exact:
             following = coupling.step(f, x, previous, node.alpha, node.beta)
             if node.recording:
@@ -203,7 +194,6 @@ class DualResidual(torch.autograd.Function):
         num_streams = 3 if node.exact else 2
         if node.keeps:
             streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
-            tape.ahead = None  # of a backward that was broken off
         elif tape.index == node.index:
             streams, owned = tape.streams, tape.owned
         else:
@@ -212,16 +202,10 @@ class DualResidual(torch.autograd.Function):
                 "kept; let the loss depend on the sequence's output, or convert with store=True"
             )
         tape.index, tape.streams = None, ()
-        done, tape.ahead = tape.ahead, None
-        if done is not None:
-            x = done.x.detach()
-            if done.cuda_stream is not None:
-                torch.cuda.current_stream(x.device).wait_stream(done.cuda_stream)
-        else:
-            x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
+        x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
         grad = torch.zeros_like(x) if grad is None else grad
         if node.chunks is None:
-            done = done or node.recompute(x, own if node.own_side else tape.side)
+            done = node.recompute(x, own if node.own_side else tape.side)
             x_in, side, f = done.x, done.side, done.f
             del done
         else:
@@ -246,7 +230,6 @@ class DualResidual(torch.autograd.Function):
             tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
         if node.inverts:
             tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
-            _recompute_ahead(tape)
         else:
             _verify(tape)
         del streams, saved, words
@@ -270,30 +253,6 @@ class DualResidual(torch.autograd.Function):
         if ctx.needs_input_grad[1] and ctx.needs_input_grad[2] and node.beta != 0:
             grad_previous = grad if node.beta == 1 else grad * float(node.beta)
         return None, grad_x, grad_previous, None, None, None, *results
-
-
-def _recompute_ahead(tape: Tape) -> None:
-    """With `parallel`: start to recompute the branch that comes next, whose streams are there now.
-
-    On CUDA two streams take turns, because the backward of an operator runs where its forward ran: while the branch at
-    hand is differentiated on one, the next is recomputed on the other. Each waits for the node's own stream before it
-    starts and is waited for before its results are read, so that no tensor is handed back while another stream needs
-    it. Elsewhere it happens at once: the same logic, one after the other.
-    """
-    node = tape.nodes.get(tape.index)
-    if node is None:
-        return
-    stream, x = None, tape.streams[1]
-    if x.device.type == "cuda":
-        if not tape.cuda_streams:
-            tape.cuda_streams = [torch.cuda.Stream(x.device), torch.cuda.Stream(x.device)]
-        stream = tape.cuda_streams[node.index % 2]
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(stream):  # of None: nothing
-        if node.exact:
-            x = exact.decode(x, tape.streams[2])
-        tape.ahead = node.recompute(x, tape.side)
-    tape.ahead.cuda_stream = stream
 
 
 def _verify(tape: Tape) -> None:
@@ -322,41 +281,3 @@ def autocast_is_on(x: Tensor) -> bool:
 def _without_graph(tensor: Tensor) -> Tensor:
     """An operator that saves its own output (attention does) would through that output keep itself alive, for ever."""
     return tensor.detach()
-
-
-def _modules_with_buffers(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return [module for part in modules for module in part.modules() if module._buffers]
-
-
-def _buffer_versions(branch: Branch) -> list[tuple[nn.Module, str, Tensor, int]]:
-    found = []
-    for module in _modules_with_buffers(branch.modules):
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            found += [(module, name, b, b._version) for name, b in module._buffers.items() if b is not None]
-    return found
-
-
-def _refuse_stateful(node: Node, before: list[tuple[nn.Module, str, Tensor, int]]) -> None:
-    """Only BatchNorm may change its buffers: its output in training does not depend on them, so it can be run again."""
-    for module, name, buffer, version in before:
-        if module._buffers[name] is not buffer or buffer._version != version:
-            raise ValueError(
-                f"{type(module).__name__} in branch {node.name} changes its buffer {name!r} in forward, which would "
-                "happen again when the branch is recomputed; put it in eval mode or leave its block out"
-            )
-
-
-class StatisticsKept:
-    """Around a recomputation of `modules`: BatchNorm's running statistics, which have moved already, are put back."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.modules = modules
-
-    def __enter__(self) -> None:
-        norms = [m for m in _modules_with_buffers(self.modules) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.values = [(b, b.clone()) for m in norms if m.training for b in m._buffers.values() if b is not None]
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for buffer, value in self.values:
-                buffer.copy_(value)

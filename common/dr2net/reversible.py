@@ -56,7 +56,6 @@ class ReversibleSequence(nn.Module):
         tolerance: float = TOLERANCE,
         store: bool = False,
         chunk_mib: float | None = None,
-        parallel: bool = False,
     ) -> None:
         super().__init__()
         if inversion not in get_args(Inversion):
@@ -73,7 +72,6 @@ class ReversibleSequence(nn.Module):
         self.tolerance = tolerance
         self.store = store
         self.chunk_mib = chunk_mib
-        self.parallel = parallel
         self.alpha, self.beta = 1.0, 0.0
         self.training = container.training  # of the container alone: blocks may be frozen in eval mode
 
@@ -178,7 +176,7 @@ class _Pass:
         sequence = self.sequence
         following = self.branches[index:]
         self.length = sum(map(len, following[: next((i for i, b in enumerate(following) if not b), len(following))]))
-        self.index, self.tape, self.sizes = 0, Tape(parallel=sequence.parallel), []
+        self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
         self.x = self.previous = x if x.dtype == torch.float64 else x.float()

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from dr2net import memory
-from dr2net.training.config import METHODS
-from dr2net.training.engine import set_seed
-from dr2net.training.method import apply_method, coefficients, set_mode
-from dr2net.training.optimization import build_optimizer, set_learning_rate
+from engine.config import METHODS
+from engine.training.devices import set_seed
+from engine.training.finetuning import apply_method, coefficients, set_mode
+from engine.training.optimization import build_optimizer, set_learning_rate
 
 FILE = Path(__file__).with_name("golden.json")
 FAMILIES = ("motion_tiny", "untrimmed_tiny")

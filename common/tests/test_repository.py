@@ -19,7 +19,14 @@ TASK_FILES = (
     *("prepare.py", "predict.py"),
 )
 MAX_LINES = 400
-PARTS_ABOVE_THE_CORE = ("training", "backbones")
+ENGINE = ROOT / "common" / "engine"
+# Inside the engine a part imports the parts before it, and its own.
+LAYERS = (
+    ("config", "weights", "data", "synthetic", "visual", "detr"),
+    ("backbones", "records"),
+    ("training",),
+    ("task", "rows", "commands"),
+)
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 
 
@@ -67,16 +74,22 @@ def test_core_modules_import_only_torch_and_numpy_when_they_are_loaded(path: Pat
     assert not foreign, f"import {foreign} inside the function that needs it"
 
 
-@pytest.mark.parametrize("path", core_modules(), ids=relative)
-def test_core_modules_do_not_know_training_or_backbones(path: Path) -> None:
-    above = tuple(f"dr2net.{part}" for part in PARTS_ABOVE_THE_CORE)
-    assert not [name for name in imported_anywhere(path) if name.startswith(above)]
+def test_the_library_knows_nothing_above_it_and_the_engine_no_task() -> None:
+    for folder, above in ((LIBRARY, {"engine", *TASK_NAMES, "scripts"}), (ENGINE, {*TASK_NAMES, "scripts"})):
+        for path in folder.rglob("*.py"):
+            assert not {name.split(".")[0] for name in imported_anywhere(path)} & above, relative(path)
 
 
-def test_the_library_does_not_import_a_task() -> None:
-    for path in [*LIBRARY.rglob("*.py")]:
-        tops = {name.split(".")[0] for name in imported_anywhere(path)}
-        assert not tops & {*TASK_NAMES, "scripts"}, relative(path)
+def test_a_part_of_the_engine_imports_only_what_is_below_it() -> None:
+    level = {part: k for k, parts in enumerate(LAYERS) for part in parts}
+    parts = {path.stem if path.is_file() else path.name for path in ENGINE.iterdir()} - {"__init__", "__pycache__"}
+    assert parts <= level.keys(), f"say in LAYERS where {parts - level.keys()} stands"
+    for path in ENGINE.rglob("*.py"):
+        own = path.relative_to(ENGINE).parts[0].removesuffix(".py")
+        for name in imported_anywhere(path):
+            if name.startswith("engine."):
+                part = name.split(".")[1]
+                assert part == own or level[part] < level.get(own, 0) or level[part] == level[own], relative(path)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dr2net.training import engine
-from dr2net.training.config import Finetuning, Optimization, Run
-from dr2net.training.data import Loaders, build_loader, gather
-from dr2net.training.results import Record
+from engine.config import Finetuning, Optimization, Run
+from engine.data.loader import Loaders, build_loader, gather
+from engine.records.record import Record
+from engine.training.devices import set_seed
+from engine.training.fit import fit
 
 NUM_CLASSES = 3
 WIDTH = 8
@@ -145,8 +146,8 @@ def toy_config(output: Path, changes: dict[str, Any] | None = None) -> Config:
 
 
 def train(config: Config, bad: int | None = None) -> Record:
-    engine.set_seed(config.run.seed)
-    return engine.fit(config, Toy(dropout=config.dropout), criterion, build_loaders(config, bad=bad), evaluate)
+    set_seed(config.run.seed)
+    return fit(config, Toy(dropout=config.dropout), criterion, build_loaders(config, bad=bad), evaluate)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""From a dataset to batches whose content is a pure function of (seed, epoch, position).
+
+The sampler hands the dataset keys `(index, draw)`. `draw` is an integer seed derived from (seed, epoch, position), and
+the dataset draws all its randomness from generators made of it. So neither the number of workers, nor the number of
+devices, nor an interruption in the middle of an epoch changes a sample. In validation `draw` is 0 and the order is the
+dataset's.
+
+Not here: transforms, decoding, datasets. They belong to the tasks.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Sampler
+
+Row = TypeVar("Row")
+Key = tuple[int, int]
+
+
+class KeyedDataset(Protocol):
+    """What `build_loader` needs: a length, and items by (index, draw)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The two loaders of a run, both from `build_loader`."""
+
+    train: DataLoader
+    val: DataLoader
+
+
+class KeyBatches(Sampler[list[Key]]):
+    """Batches of keys for one device. The engine calls `place` before each epoch; nothing else has a position.
+
+    Training: batch k of rank r holds the positions (k * world + r) * batch_size ... of the epoch's permutation, so a
+    global batch is the same set of samples however it is split over devices and accumulation steps.
+    Validation: rank r holds one contiguous share; shares differ by at most one sample, and none is repeated or dropped.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, train: bool) -> None:
+        self.num_samples, self.batch_size, self.seed, self.train = num_samples, batch_size, seed, train
+        self.place()
+
+    def place(self, *, epoch: int = 0, rank: int = 0, world: int = 1, first: int = 0, last: int | None = None) -> None:
+        """The next iteration yields the batches first ... last - 1 of this rank in this epoch (training only)."""
+        self.epoch, self.rank, self.world, self.first = epoch, rank, world, first
+        self.last = self.num_samples // (self.batch_size * world) if last is None else last
+
+    def __len__(self) -> int:
+        if self.train:
+            return max(self.last - self.first, 0)
+        return -(-len(self._share()) // self.batch_size)
+
+    def _share(self) -> range:
+        return range(self.num_samples * self.rank // self.world, self.num_samples * (self.rank + 1) // self.world)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        if not self.train:
+            share = self._share()
+            for start in range(0, len(share), self.batch_size):
+                yield [(index, 0) for index in share[start : start + self.batch_size]]
+            return
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        for k in range(self.first, self.last):
+            start = (k * self.world + self.rank) * self.batch_size
+            positions = range(start, start + self.batch_size)
+            yield [(int(order[position]), draw_seed(self.seed, self.epoch, position)) for position in positions]
+
+
+def draw_seed(seed: int, epoch: int, position: int) -> int:
+    """The seed of one sample's randomness, in [0, 2^63)."""
+    return int(np.random.SeedSequence([seed, epoch, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def build_loader(
+    dataset: KeyedDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    train: bool,
+    num_workers: int,
+    collate: Callable[[list[Any]], dict[str, Any]],
+) -> DataLoader:
+    """A DataLoader over `(index, draw)` keys; `batch_size` is per device and forward (`run.micro_batch`).
+
+    Raises ValueError for an empty dataset or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if len(dataset) == 0:
+        raise ValueError(f"the {'training' if train else 'validation'} set is empty; check the data folder (prepare)")
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=KeyBatches(len(dataset), batch_size, seed, train),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        # Workers start from this generator: making an iterator would otherwise advance the global one.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; a worker that dies of it kills the step that the engine wants to finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def key_batches(loader: DataLoader) -> KeyBatches:
+    """The sampler of a loader made by `build_loader`; ValueError for any other loader."""
+    if not isinstance(loader.batch_sampler, KeyBatches):
+        raise ValueError(
+            "this loader was not made by engine.data.loader.build_loader; use it, so that runs can resume"
+        )
+    return loader.batch_sampler
+
+
+def to_device(batch: dict[str, Any], device: torch.device, *, copy: bool = False) -> dict[str, Any]:
+    """Move the tensors of a batch, however nested in lists and dicts; leave names and numbers.
+
+    copy: make new tensors even where they are on the device already.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True, copy=copy)
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(move(item) for item in value)
+        return value
+
+    return {key: move(value) for key, value in batch.items()}
+
+
+def gather(rows: Sequence[Row]) -> list[Row]:
+    """All devices' rows in dataset order, each exactly once, on every device; plain `list(rows)` without DDP.
+
+    `evaluate` collects one or more rows per sample of its share and calls this before it scores. No sample is padded
+    in, so none needs to be dropped. Rows are small: names, labels, probabilities, on the CPU.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(rows)
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, list(rows))
+    return [row for share in shares for row in share]
+
+
+class Timed:
+    """An iterator that adds up the seconds its consumer waits for items."""
+
+    def __init__(self, source: Iterator[dict[str, Any]]) -> None:
+        self.source, self.seconds = source, 0.0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            return next(self.source)
+        finally:
+            self.seconds += time.perf_counter() - started

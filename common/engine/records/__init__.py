@@ -1,0 +1,1 @@
+"""What a run leaves, where its number comes from, and the tables and figures made of it."""

@@ -1,0 +1,174 @@
+"""Checkpoints that survive a crash and execute nothing.
+
+A checkpoint folder holds `state.json` and the safetensors files it names with their SHA-256:
+
+    model-<hash>.safetensors      weights, the keys of the plain pretrained model
+    optimizer-<hash>.safetensors  `<parameter>/<slot>`, e.g. `head.weight/exp_avg`
+    ema-<hash>.safetensors        averaged weights, if any
+    state.json                    everything that is a number or a word: step, epoch, progress, coefficients, seed,
+    curve, config
+
+The random generators need no file: the engine seeds them before each step from (seed, step, process), and a batch is a
+function of (seed, epoch, position), so seed and step are their whole state.
+
+Each file is written under a temporary name in the same folder, synced and renamed; `state.json` comes last and its
+rename is the one moment at which the new checkpoint replaces the old. Only then are the old files deleted, so a full
+disk or a kill at any time leaves a complete checkpoint. Nothing is pickled or unpickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from engine import weights
+from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite
+
+FORMAT = 1
+MAX_STATE_BYTES = 64 * 2**20  # a curve of ten thousand epochs is far below
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds. `tensors` maps "model", "optimizer", "ema" to named tensors on the CPU."""
+
+    state: dict[str, Any]
+    tensors: dict[str, Tensors]
+    folder: Path
+
+
+def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+    """Write a checkpoint; the previous one stays until this one is complete.
+
+    Raises OSError with a remedy when the disk is full, and ValueError when a weight is not finite: both leave the
+    previous checkpoint as it was.
+    """
+    if "model" in tensors:
+        refuse_non_finite(tensors["model"], f"the weights to be saved in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    try:
+        for kind, group in tensors.items():
+            temporary = folder / f".{kind}.{os.getpid()}.tmp"
+            save_file(_separate(group), temporary)
+            digest = _digest(temporary)
+            name = f"{kind}-{digest[:16]}.safetensors"
+            _publish(temporary, folder / name)
+            files[kind] = {"name": name, "sha256": digest}
+        temporary = folder / f".state.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps({**state, "format": FORMAT, "files": files}, indent=1))
+        _publish(temporary, folder / "state.json")
+    except (OSError, SafetensorError) as error:
+        kept = "the previous checkpoint is intact" if (folder / "state.json").exists() else "there is no earlier one"
+        _delete_unnamed(folder)
+        raise OSError(
+            getattr(error, "errno", None) or 0,
+            f"could not save a checkpoint in {folder}: {error}; {kept}. "
+            "Free disk space, then start the same command again",
+        ) from error
+    _delete_unnamed(folder)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify a whole checkpoint. Raises FileNotFoundError, or ValueError naming the bad file."""
+    state = read_state(folder)
+    tensors = {}
+    for kind, entry in state["files"].items():
+        path = folder / entry["name"]
+        if path.parent.resolve() != folder.resolve():
+            raise ValueError(f"{folder / 'state.json'}: names a file outside its folder: {entry['name']!r}")
+        if not path.exists():
+            raise ValueError(f"{path} is missing; the checkpoint is incomplete. Copy the whole folder again")
+        weights = read_tensors(path)
+        if _digest(path) != entry["sha256"]:
+            raise ValueError(
+                f"{path}: its content is not what was saved (SHA-256 differs). Copy it again, or train anew"
+            )
+        tensors[kind] = weights
+    return Checkpoint(state=state, tensors=tensors, folder=folder)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a complete checkpoint in the folder."""
+    return (folder / "state.json").exists()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The scalar part of a checkpoint, without its tensors."""
+    path = folder / "state.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint in {folder} (no state.json); give the `checkpoint` folder of a run")
+    if path.stat().st_size > MAX_STATE_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes is too large to be the state of a checkpoint")
+    try:
+        state = json.loads(path.read_text())
+        for entry in state["files"].values():
+            assert isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path}: not the state of a checkpoint ({type(error).__name__}: {error})") from error
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, *, averaged: bool = True) -> Coverage:
+    """Load a checkpoint folder (averaged weights if it has them and `averaged`), or one safetensors file, into the
+    model.
+
+    Every key must fit; ValueError names those that do not. Nothing is changed in the model before all is verified.
+    """
+    if not path.is_dir():
+        return weights.load_weights(model, path)
+    tensors = load(path).tensors
+    return load_tensors(model, tensors["model"] | (tensors.get("ema", {}) if averaged else {}), str(path))
+
+
+def _separate(tensors: Tensors) -> Tensors:
+    """On the CPU, contiguous, and no two sharing memory, as safetensors wants it (tied weights are written twice)."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in seen or value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[key] = value
+    return result
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Make a written file permanent under its name: sync it, rename it, sync the folder."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete_unnamed(folder: Path) -> None:
+    """Delete what the current `state.json` does not name: older tensors, and temporary files of killed processes."""
+    named: set[str] = set()
+    if (folder / "state.json").exists():
+        named = {entry["name"] for entry in read_state(folder)["files"].values()}
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp")]:
+        if path.name not in named:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,161 @@
+"""The recipe as functions: learning rate of progress, parameter groups, optimizer in backward, averaged weights. No
+state but the averages.
+
+    learning rate(p) = base * p / w                                        p < w, warm-up
+                     = min + (base - min) (1 + cos(pi (p - w) / (1 - w))) / 2   after it
+
+with progress p in [0, 1] and w the warm-up's share of the training.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Optimization
+
+
+def learning_rate(progress: float, recipe: Optimization) -> float:
+    """Learning rate of the head and last layer at `progress` in [0, 1], before layer decay."""
+    warmup = min(recipe.warmup_epochs / recipe.epochs, 1.0)
+    if progress < warmup:
+        return recipe.learning_rate * progress / warmup
+    share = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    floor = min(recipe.min_learning_rate, recipe.learning_rate)
+    return floor + (recipe.learning_rate - floor) * (1 + math.cos(math.pi * share)) / 2
+
+
+def parameter_groups(model: nn.Module, recipe: Optimization) -> list[dict]:
+    """Groups for AdamW by (learning rate scale, weight decay), of the parameters that train.
+
+    `scale` of a parameter in layer l is layer_decay ** (num_layers - l), times `backbone_multiplier` inside
+    `model.backbone`. Vectors and scalars (biases, norms, layer scale) get no weight decay.
+    Raises ValueError when nothing trains.
+    """
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = recipe.layer_decay ** (model.num_layers - model.layer_of(name)) if recipe.layer_decay != 1 else 1.0
+        if id(parameter) in backbone:
+            scale *= recipe.backbone_multiplier
+        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    if not groups:
+        raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
+    return [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
+
+
+def build_optimizer(model: nn.Module, recipe: Optimization) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `set_learning_rate` gives it its rate before each step."""
+    return torch.optim.AdamW(parameter_groups(model, recipe), lr=0.0, betas=recipe.betas)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group `rate` times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def refuse_in_backward(recipe: Optimization, accumulation: int, world: int) -> None:
+    """ValueError where a step needs all gradients before it changes the first parameter."""
+    obstacles = {
+        f"optimization.clip_norm {recipe.clip_norm:g} needs the norm of all gradients": recipe.clip_norm > 0,
+        "optimization.precision fp16 looks for overflows in all gradients": recipe.precision == "fp16",
+        f"{accumulation} accumulated forward passes add up their gradients": accumulation > 1,
+        f"{world} processes average their gradients": world > 1,
+    }
+    found = [reason for reason, present in obstacles.items() if present]
+    if found:
+        raise ValueError(f"optimization.in_backward cannot be on: {'; '.join(found)}. Turn one of them off")
+
+
+@contextmanager
+def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A backward in here steps each parameter when its gradient is complete and frees that gradient: they are never all
+    alive at once, and nothing is left to do for `optimizer.step()`. Numbers and state are those of the ordinary step.
+
+    The gradient of a parameter is complete when all that reads the parameter has been differentiated, so the step comes
+    too late to disturb anything. A backward that fails leaves some parameters stepped.
+    """
+    groups = optimizer.param_groups
+
+    def step(parameter: Tensor, group: dict) -> None:
+        optimizer.param_groups = [{**group, "params": [parameter]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda p, group=group: step(p, group))
+        for group in groups
+        for parameter in group["params"]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>/<slot>` -> tensor."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str
+) -> None:
+    """Inverse of `optimizer_tensors`; ValueError when a parameter is not one that trains here or a shape differs."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for key, value in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        if name not in parameters or value.ndim and value.shape != parameters[name].shape:
+            raise ValueError(
+                f"{source}: optimizer state {key!r} {list(value.shape)} does not fit the model that trains here"
+            )
+        # AdamW keeps its step counter on the CPU unless it is capturable or fused.
+        device = parameters[name].device if value.ndim else torch.device("cpu")
+        optimizer.state[parameters[name]][slot] = value.to(device)
+
+
+class Averages:
+    """Exponential moving average of the parameters that train: e <- d e + (1 - d) p after each step.
+
+    The decay d grows to `decay` as (1 + n) / (10 + n) over the first updates n, so that a short run is not dominated by
+    its start. `tensors` is what a checkpoint stores.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, num_updates: int) -> None:
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights in place, bitwise; call twice around an evaluation."""
+        for name, parameter in self.parameters.items():
+            current = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(current)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        assert tensors.keys() == self.tensors.keys(), "the averages are those of another model"
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)

@@ -1,0 +1,65 @@
+"""The memory of a row that cannot run here: one training step on fake tensors, as a Record of status "not run".
+
+    record = plan_row(config, model, criterion, lambda: example_batch(config))
+    publish_plan(record, Path("results"))
+
+Predicted for one device, one forward of `run.micro_batch`, in the row's precision and at its first coefficients. Not
+here: time, metrics, accumulation (it would keep the gradients alive through all but the first forward).
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dr2net import memory
+from engine.records.record import Record, build_record, publish, read_row
+from engine.training.finetuning import apply_method, autocast, set_mode
+from engine.training.optimization import build_optimizer, step_in_backward
+
+Batch = dict[str, Any]
+
+
+def plan_row(
+    config: Any, model: nn.Module, criterion: Callable[[Any, Batch], dict[str, Tensor]], make_batch: Callable[[], Batch]
+) -> Record:
+    """Predict the peak memory of a training step of a freshly built model; make_batch is called under fake tensors."""
+    apply_method(model.backbone, config.finetuning)
+    set_mode(model, config.finetuning)
+    optimizer = build_optimizer(model, config.optimization)
+
+    def step() -> None:
+        batch = make_batch()
+        with autocast(config.optimization.precision, "cpu"):
+            outputs = model(batch)
+        with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
+            sum(criterion(outputs, batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    predicted = asdict(memory.predict(step, model, optimizer))
+    del predicted["live"]
+    return build_record(
+        config,
+        metrics={},
+        memory={"source": "predicted", **predicted},
+        seconds={},
+        device="predicted",
+        guard=[],
+        curve=[],
+        status="not run",
+    )
+
+
+def publish_plan(record: Record, folder: Path) -> Path:
+    """Write it to `folder`/<task>/<row>.json. ValueError if a real run is there: a prediction never replaces one."""
+    path = folder / record.task / f"{record.row}.json"
+    if path.exists() and any(run.status != "not run" for run in read_row(path)):
+        raise ValueError(f"{path} holds real runs, which a prediction must not replace; delete it first if you mean to")
+    (written,) = publish([record], folder)
+    print(f"{record.row}: predicted peak {memory.format_bytes(record.memory['peak'])}, {written}", file=sys.stdout)
+    return written

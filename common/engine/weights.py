@@ -1,0 +1,145 @@
+"""Weights on disk, and into a model: read safely, compare, load strictly.
+
+    read_tensors(path)       safetensors, this project's own files
+    read_state_dict(path)    what others publish: safetensors, or what torch.save wrote, with weights_only=True
+    load_tensors(model, tensors, source)     every key must fit, every value be finite
+
+Nothing here executes what a file says. Not here: checkpoints of runs (`training/checkpoint.py`), key maps of a
+backbone (`backbones/`).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How loaded weights fit a model."""
+
+    loaded: int
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # file's, model's
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file, on the CPU. ValueError, naming the file, for anything else; never
+    unpickles.
+    """
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+        raise ValueError(
+            f"{path} is a pickle or torch.save archive, not safetensors; loading it could run code, so it is refused. "
+            "Convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error}). Copy it again") from error
+
+
+def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
+    """Names and tensors, floating-point ones in float32, on the CPU.
+
+    inside: the key under which a checkpoint that holds more than weights has them; without it the file is the state
+    dict itself. FileNotFoundError or ValueError, naming the file, if there are none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give an existing file with --model.weights FILE")
+    if path.suffix == ".safetensors":
+        state = read_tensors(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling raises unrelated types
+            reason = str(error).splitlines()[0] if str(error) else "no message"
+            raise ValueError(
+                f"{path}: not a file of tensors ({type(error).__name__}: {reason}). Download it again, or save its "
+                "state dict as safetensors"
+            ) from error
+        if isinstance(state, dict) and inside in state:
+            state = state[inside]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = f"keys {list(state)[:6]}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: no state dict of tensors but {found}; save the state dict alone as safetensors")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> Coverage:
+    """Load one safetensors file into the model. Every key must fit; ValueError names those that do not. Nothing is
+    changed in the model before all is verified.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}")
+    return load_tensors(model, read_tensors(path), str(path))
+
+
+def load_tensors(model: nn.Module, weights: Tensors, source: str) -> Coverage:
+    """Copy `weights` into the model after checking keys, shapes and values; `source` is what error messages name."""
+    coverage = compare(model, weights)
+    if coverage.missing or coverage.unused or coverage.wrong_shape:
+        raise ValueError(f"{source} does not fit the model: {_explain(coverage)}")
+    refuse_non_finite(weights, source)
+    model.load_state_dict(weights, strict=True)
+    return coverage
+
+
+def compare(model: nn.Module, weights: Tensors) -> Coverage:
+    """Which keys of the model and of `weights` meet, and with which shapes."""
+    own = model.state_dict()
+    wrong = {
+        key: (tuple(weights[key].shape), tuple(own[key].shape))
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    }
+    return Coverage(
+        loaded=sum(key in weights for key in own) - len(wrong),
+        missing=[key for key in own if key not in weights],
+        unused=[key for key in weights if key not in own],
+        wrong_shape=wrong,
+    )
+
+
+def refuse_non_finite(weights: Tensors, source: str) -> None:
+    """ValueError naming the tensors of `weights` that hold NaN or infinity."""
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(
+            f"{source}: NaN or infinite values in {_some(bad)}. Train from, or load, an earlier checkpoint"
+        )
+
+
+def _explain(coverage: Coverage) -> str:
+    parts = []
+    if coverage.missing:
+        parts.append(f"{len(coverage.missing)} missing: {_some(coverage.missing)}")
+    if coverage.unused:
+        parts.append(f"{len(coverage.unused)} unused: {_some(coverage.unused)}")
+    if coverage.wrong_shape:
+        shapes = [
+            f"{key} {list(theirs)} instead of {list(ours)}" for key, (theirs, ours) in coverage.wrong_shape.items()
+        ]
+        parts.append(f"{len(shapes)} of another shape: {_some(shapes)}")
+        heads = {(theirs[:1], ours[:1]) for theirs, ours in coverage.wrong_shape.values() if theirs[1:] == ours[1:]}
+        all_heads = all(theirs[1:] == ours[1:] for theirs, ours in coverage.wrong_shape.values())
+        if all_heads and len(heads) == 1 and not coverage.missing and not coverage.unused:
+            (theirs,), (ours,) = heads.pop()
+            parts.append(
+                f"checkpoint has {theirs} classes, the model {ours}; "
+                f"set the number of classes to {theirs}, or train a new head for {ours}"
+            )
+    if coverage.loaded == 0:
+        parts.append("no key in common: this is the checkpoint of another model")
+    return "; ".join(parts)
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
