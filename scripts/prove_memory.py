@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run_step(method: str, frames: int, gib: float) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    setting = planner.Setting(chunk_mib=CHUNK_MIB)
+    setting = planner.Setting(options=replace(planner.CHUNKED, chunk_mib=CHUNK_MIB))
     config = VideoMAEConfig(num_frames=frames)
     shape = (1, frames, 3, 224, 224)
     with torch.device("meta"):

@@ -30,7 +30,7 @@ import dr2net
 from dr2net import planner
 from dr2net.cli import print_table
 from dr2net.memory import Memory, format_bytes, predict
-from dr2net.planner import BUDGETS_GB, METHODS, Setting
+from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, Setting
 from engine.records.provenance import commit, versions
 from engine.records.record import read_records
 
@@ -133,13 +133,15 @@ def depth() -> Rows:
     for blocks in DEPTHS:
         model = build_vit(768, blocks)
         for method in METHODS:
-            memory = planner.predictor(model, method, replace(Setting(), chunk_mib=128))((16, 16, 3, 224, 224))
+            memory = planner.predictor(model, method, Setting(options=replace(CHUNKED, chunk_mib=128)))(
+                (16, 16, 3, 224, 224)
+            )
             rows.append(row("ViT, width 768", method, memory, size=blocks))
     return rows
 
 
 def measured() -> Rows:
-    model, setting = build_swin("Video Swin-T", "cpu"), Setting(chunk_mib=32)
+    model, setting = build_swin("Video Swin-T", "cpu"), Setting(options=replace(CHUNKED, chunk_mib=32))
     rows = []
     for method in METHODS:
         predicted, counted = planner.calibrate(model, method, setting, (1, 3, 16, 224, 224), "cpu")

@@ -11,12 +11,14 @@ from dr2net.branches import Branch, branches_of
 from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, set_coefficients
 from dr2net.error_law import anchor_spacing, growth, predicted_error
 from dr2net.gradient_check import GradientError, gradient_error
+from dr2net.options import Options
 from dr2net.reversible import ReversibleSequence
 from dr2net.schedule import Schedule
 
 __all__ = [
     "Branch",
     "GradientError",
+    "Options",
     "Report",
     "ReversibleSequence",
     "Schedule",

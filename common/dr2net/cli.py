@@ -28,8 +28,8 @@ import dr2net
 from dr2net import planner, schedule
 from dr2net.memory import Memory, format_bytes, largest
 from dr2net.model_names import find_by_depth, find_model
+from dr2net.options import Inversion, Options
 from dr2net.planner import Setting, Shape, loss_of
-from dr2net.reversible import Inversion
 
 INVERSIONS = get_args(Inversion)
 T = TypeVar("T")
@@ -105,9 +105,10 @@ def _plan(options: argparse.Namespace) -> None:
         raise ValueError(f"--plot {options.plot} is no picture; name a file that ends in {', '.join(PICTURES)}")
     if options.calibrate and not torch.cuda.is_available():
         raise ValueError("--calibrate trains on a GPU, and torch sees none here; leave it out to predict only")
-    setting = Setting(
-        options.precision, options.optimizer, options.inversion, (0, 1), options.chunk_mib, options.recompute_rest
+    how = Options(
+        inversion=options.inversion, chunk_mib=options.chunk_mib or None, recompute_rest=options.recompute_rest
     )
+    setting = Setting(options.precision, options.optimizer, (0, 1), how)
     phases = planner.phases(_schedule(options), setting)
     model = find_model(options.model)().train()
     rows, moving, curves, omitted, calibrated = [], [], {}, {}, []

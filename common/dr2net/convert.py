@@ -9,7 +9,7 @@ starts, the converted model computes what the original computes. Not here: what 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dr2net.branches import find_branches
-from dr2net.error_law import TOLERANCE
 from dr2net.module_state import StatisticsKept
-from dr2net.reversible import Inversion, ReversibleSequence, refuse_hooks
+from dr2net.options import Options
+from dr2net.reversible import ReversibleSequence, refuse_hooks
 
 
 @dataclass(frozen=True)
@@ -41,45 +41,23 @@ class Report:
         return "\n".join([*lines, f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks"])
 
 
-def convert(
-    model: nn.Module,
-    *,
-    inversion: Inversion = "exact",
-    anchor_every: int | None = None,
-    tolerance: float = TOLERANCE,
-    store: bool = False,
-    chunk_mib: float | None = None,
-    recompute_rest: bool = False,
-) -> Report:
+def convert(model: nn.Module, options: Options | None = None, **changes: Any) -> Report:
     """Make the residual blocks of `model` reversible, in place.
 
-    inversion: "exact" (default), "anchored" or "float", see `dr2net.reversible`.
-    anchor_every: for "anchored": keep both streams every so many branches; None derives it from `tolerance`.
-    tolerance: relative gradient error above which "float" warns and below which "anchored" stays.
-    store: keep all activations (the reference; no memory is saved).
-    chunk_mib: run and differentiate branches in chunks of about so many MiB (`chunks.py`), torchvision's window
-        attention fused. None: each as a whole, by the model's own code to the last bit. 256, with `recompute_rest`, is
-        the setting for hierarchical networks and long inputs.
-    recompute_rest: checkpoint what is not reversible (patch embedding and merging, norms, blocks that change the
-        shape), except modules with buffers other than batch norm's.
+    options: how, see `dr2net.Options`; None: the defaults. changes: single options by name, as in
+    `convert(model, chunk_mib=256, recompute_rest=True)`. TypeError for a name that is none.
 
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
     converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
     is on.
     """
+    options = replace(options or Options(), **changes)
     sequences, ordinary, inside = [], [], set()
     found = list(_containers(model))
     containers = {}
     for parent, attribute, name, container in found:
         refuse_hooks(container, name)
-        sequence = ReversibleSequence(
-            container,
-            inversion=inversion,
-            anchor_every=anchor_every,
-            tolerance=tolerance,
-            store=store,
-            chunk_mib=chunk_mib,
-        )
+        sequence = ReversibleSequence(container, options)
         blocks = 0
         for child, block in container._modules.items():
             branches, reason = find_branches(block)
@@ -93,7 +71,7 @@ def convert(
         containers[parent, attribute] = sequence
     for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
         parent._modules[attribute] = sequence
-    for module in dict.fromkeys(_rest(model)) if recompute_rest else ():
+    for module in dict.fromkeys(_rest(model)) if options.recompute_rest else ():
         _checkpoint(module)
     return Report(
         tuple(sequences), tuple(ordinary), sum(p.numel() for p in inside), sum(p.numel() for p in model.parameters())

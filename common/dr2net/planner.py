@@ -16,7 +16,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from dr2net import exact
 from dr2net.branches import find_branches
 from dr2net.error_law import anchor_spacing
 from dr2net.memory import Memory, measure, predict
-from dr2net.reversible import Inversion
+from dr2net.options import Options
 
 METHODS = ("conventional", "checkpointed", "lora", "reversible", "dr2net", "reversible, chunks", "dr2net, chunks")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
 }
 LORA_RANK = 8
+CHUNKED = Options(chunk_mib=256, recompute_rest=True)
 BUDGETS_GB = (24, 48, 80)  # memory of common cards, 10^9 bytes
 STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; shapes for print
     "conventional": ("#000000", "o-"),
@@ -57,10 +58,8 @@ class Setting:
 
     precision: str = "fp32"  # of the branches (autocast)
     optimizer: str = "adamw"
-    inversion: Inversion = "exact"
     coefficients: tuple[float, float] = (7 / 8, 1 / 8)  # alpha, beta of dr2net
-    chunk_mib: float = 256
-    recompute_rest: bool = True
+    options: Options = CHUNKED  # the rows without chunks leave chunk_mib and recompute_rest out
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,8 @@ def apply(model: nn.Module, method: str, setting: Setting) -> None:
     elif method == "lora":
         _add_lora(model)
     elif method != "conventional":
-        chunked = method.endswith(", chunks")
-        dr2net.convert(
-            model,
-            inversion=setting.inversion,
-            chunk_mib=setting.chunk_mib if chunked else None,
-            recompute_rest=setting.recompute_rest and chunked,
-        )
+        whole = replace(setting.options, chunk_mib=None, recompute_rest=False)
+        dr2net.convert(model, setting.options if method.endswith(", chunks") else whole)
         dr2net.set_coefficients(model, *(setting.coefficients if method.startswith("dr2net") else (0, 1)))
 
 
@@ -185,21 +179,21 @@ def phases(schedule: dr2net.Schedule, setting: Setting, samples: int = 200) -> l
     for index in range(samples + 1):
         alpha, beta = schedule.at(index / samples)
         kept = _kept(alpha, beta, setting)
-        simple = setting.inversion == "exact" and exact.rational(beta).numerator == 1
+        simple = setting.options.inversion == "exact" and exact.rational(beta).numerator == 1
         found.setdefault((alpha == 0, simple, kept), Phase(index / samples, (alpha, beta), kept))
     return list(found.values())
 
 
 def _kept(alpha: float, beta: float, setting: Setting) -> str:
     """What is kept besides the last two streams. ValueError for a beta that exact inversion cannot do."""
-    rational = exact.rational(beta) if setting.inversion == "exact" else beta
+    rational = exact.rational(beta) if setting.options.inversion == "exact" else beta
     if rational == 0:
         return "its input"
-    if setting.inversion == "exact":
+    if setting.options.inversion == "exact":
         bits = exact.remainder_bits(rational)
         return "nothing" if bits == 0 else f"{bits} bit{'s' * (bits > 1)}"
     spacing = None
-    if setting.inversion == "anchored":
+    if setting.options.inversion == "anchored":
         spacing = anchor_spacing(alpha, beta, PRECISIONS[setting.precision])
     return f"2 streams / {spacing}" if spacing else "nothing"
 

@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,9 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
-from dr2net.error_law import TOLERANCE, anchor_spacing, predicted_error
+from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
-
-Inversion = Literal["exact", "anchored", "float"]
+from dr2net.options import Options
 
 
 class ReversibleSequence(nn.Module):
@@ -47,31 +46,16 @@ class ReversibleSequence(nn.Module):
     first.
     """
 
-    def __init__(
-        self,
-        container: nn.Sequential | nn.ModuleList,
-        *,
-        inversion: Inversion = "exact",
-        anchor_every: int | None = None,
-        tolerance: float = TOLERANCE,
-        store: bool = False,
-        chunk_mib: float | None = None,
-    ) -> None:
+    def __init__(self, container: nn.Sequential | nn.ModuleList, options: Options) -> None:
         super().__init__()
-        if inversion not in get_args(Inversion):
-            raise ValueError(f"inversion must be one of {get_args(Inversion)}, not {inversion!r}")
-        if anchor_every is not None and (inversion != "anchored" or anchor_every < 1):
-            raise ValueError(f"anchor_every={anchor_every} needs inversion='anchored' and a value of at least 1")
-        if chunk_mib is not None and not chunk_mib > 0:
-            raise ValueError(f"chunk_mib={chunk_mib} must be a positive number of MiB, or None for whole branches")
         for name, block in container._modules.items():  # a block that stands there twice runs twice
             self.add_module(name, block)
         self.container_type = type(container)
-        self.inversion = inversion
-        self.anchor_every = anchor_every
-        self.tolerance = tolerance
-        self.store = store
-        self.chunk_mib = chunk_mib
+        self.inversion = options.inversion
+        self.anchor_every = options.anchor_every
+        self.tolerance = options.tolerance
+        self.store = options.store
+        self.chunk_mib = options.chunk_mib
         self.alpha, self.beta = 1.0, 0.0
         self.training = container.training  # of the container alone: blocks may be frozen in eval mode
 

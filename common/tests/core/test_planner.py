@@ -2,16 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from dr2net import Schedule, planner
+from dr2net import Options, Schedule, planner
 from dr2net.planner import METHODS, Setting, calibrate, phases, predictor
 
 RELATIVE = 0.02  # the promise of the planner
-CHUNK_MIB = 0.25  # each branch of the first stage in more than three pieces
+CHUNKS = Options(chunk_mib=0.25, recompute_rest=True)  # each branch of the first stage in more than three pieces
 
 
 def small_vit() -> tuple[nn.Module, tuple[int, ...]]:
@@ -33,7 +34,7 @@ def test_predicted_is_measured_for_every_method(build: Callable, precision: str)
     pytest.importorskip("peft", reason="LoRA is optional: pip install 'dr2net[lora]'")
     model, shape = build()
     for method in METHODS:
-        setting = Setting(precision, chunk_mib=CHUNK_MIB)
+        setting = Setting(precision, options=CHUNKS)
         predicted, measured = calibrate(model, method, setting, shape, "cpu")
         for name in ("peak", "parameters", "gradients", "optimizer", "activations", "temporaries"):
             close = pytest.approx(getattr(measured, name), rel=RELATIVE, abs=RELATIVE * measured.peak)
@@ -44,12 +45,12 @@ def test_planning_leaves_the_model_alone_and_works_without_its_memory() -> None:
     model, shape = small_swin3d()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     methods = ("conventional", "checkpointed", "dr2net", "dr2net, chunks")
-    peaks = {m: predictor(model, m, Setting(chunk_mib=CHUNK_MIB))(shape).peak for m in methods}
+    peaks = {m: predictor(model, m, Setting(options=CHUNKS))(shape).peak for m in methods}
     assert type(model.features[0]) is nn.Sequential and model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with torch.device("meta"):
         on_meta, _ = small_swin3d()
-    assert peaks == {m: predictor(on_meta, m, Setting(chunk_mib=CHUNK_MIB))(shape).peak for m in peaks}
+    assert peaks == {m: predictor(on_meta, m, Setting(options=CHUNKS))(shape).peak for m in peaks}
     assert peaks["dr2net, chunks"] < peaks["dr2net"] and peaks["checkpointed"] < peaks["conventional"]
 
 
@@ -84,8 +85,12 @@ def test_phases_are_where_the_bits_change() -> None:
     found = phases(schedule, Setting())
     kept = list(dict.fromkeys(phase.kept for phase in found))
     assert kept[0] == "its input" and kept[-4:] == ["3 bits", "2 bits", "1 bit", "nothing"]
-    assert [phase.kept for phase in phases(schedule, Setting(inversion="float"))] == ["its input", "nothing", "nothing"]
-    anchored = [phase.kept for phase in phases(schedule, Setting(inversion="anchored"))]
+    assert [phase.kept for phase in phases(schedule, Setting(options=Options(inversion="float")))] == [
+        "its input",
+        "nothing",
+        "nothing",
+    ]
+    anchored = [phase.kept for phase in phases(schedule, Setting(options=Options(inversion="anchored")))]
     assert anchored[1] == "2 streams / 1" and anchored[-1] == "nothing"
     assert len(phases(Schedule.constant(7 / 8, 1 / 8), Setting())) == 1
     assert len(phases(Schedule(start=(0.75, 0.25), end=(0.7, 0.3), until=1), Setting())) == 2  # 1/4 divides simply
@@ -95,5 +100,5 @@ def test_many_chunks_are_predicted_from_two() -> None:
     model, shape = small_swin3d()
     calls = []
     model.features[0][0].mlp[0].register_forward_hook(lambda *a: calls.append(1))
-    predictor(model, "dr2net, chunks", Setting(chunk_mib=0.01))(shape)
+    predictor(model, "dr2net, chunks", Setting(options=replace(CHUNKS, chunk_mib=0.01)))(shape)
     assert len(calls) <= 2 * 2 * 2  # forward and recomputation, two chunks; hooks of a copied model are copied
