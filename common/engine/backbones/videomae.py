@@ -9,8 +9,12 @@ enough to plan memory without a hub. Not here: masking, the decoder, the encoder
 pooling replaces it by the head's own norm).
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from engine.weights import read_state_dict, refuse_other_kinds
 
 try:
     from timm.layers import DropPath
@@ -78,6 +82,8 @@ def build_videomae(
     if depth is not None:
         raise ValueError(f"depth {depth} with pretrained weights is not supported here: leave it None")
     source = name if weights == "hub" else weights
+    if weights != "hub" and not Path(weights).is_dir():  # transformers would ask the hub for a repository of that name
+        raise ValueError(f"no folder {weights!r}: give --model.weights FOLDER in transformers' form, or hub")
     try:
         model, info = VideoMAEModel.from_pretrained(
             source,
@@ -97,6 +103,10 @@ def build_videomae(
     problems = [*info["missing_keys"], *unused, *info["mismatched_keys"]]
     if problems:
         raise ValueError(f"{source!r} does not fill VideoMAE: {len(problems)} keys missing or unused: {problems[:6]}")
+    if weights != "hub":
+        for file in sorted([*Path(weights).glob("*.safetensors"), *Path(weights).glob("*.bin")]):
+            state = {key.removeprefix("videomae."): value for key, value in read_state_dict(file).items()}
+            refuse_other_kinds(model.state_dict(), state, str(file))
     return VideoMAE(model, drop_path=drop_path)
 
 

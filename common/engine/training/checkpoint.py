@@ -32,6 +32,7 @@ from engine import weights
 from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite
 
 FORMAT = 1
+NAMES = {"model": "weights", "ema": "averages"}  # of the kinds of tensors, in messages
 MAX_STATE_BYTES = 64 * 2**20  # a curve of ten thousand epochs is far below
 
 
@@ -47,11 +48,11 @@ class Checkpoint:
 def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
     """Write a checkpoint; the previous one stays until this one is complete.
 
-    Raises OSError with a remedy when the disk is full, and ValueError when a weight is not finite: both leave the
+    Raises OSError with a remedy when the disk is full, and ValueError when a number is not finite: both leave the
     previous checkpoint as it was.
     """
-    if "model" in tensors:
-        refuse_non_finite(tensors["model"], f"the weights to be saved in {folder}")
+    for kind, group in tensors.items():
+        refuse_non_finite(group, f"the {NAMES.get(kind, kind)} to be saved in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     try:

@@ -358,7 +358,7 @@ def resume(
     checkpoint.load_tensors(model, found.tensors["model"], str(saved))
     restore_optimizer(model, optimizer, found.tensors["optimizer"], str(saved))
     if averages is not None:
-        averages.restore(found.tensors["ema"])
+        averages.restore(found.tensors["ema"], str(saved))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found.state["scaler"])
     accelerator.print(f"continuing from step {found.state['step']} of {saved}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Optimization
+from engine.weights import fitted
 
 
 def learning_rate(progress: float, recipe: Optimization) -> float:
@@ -116,17 +117,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str
 ) -> None:
-    """Inverse of `optimizer_tensors`; ValueError when a parameter is not one that trains here or a shape differs."""
+    """Inverse of `optimizer_tensors`; ValueError when a parameter is not one that trains here, has not AdamW's slots,
+    or these have another shape, another kind of numbers or values that are not finite.
+    """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for key, value in tensors.items():
+    # AdamW keeps its step counter on the CPU unless it is capturable or fused. A parameter without gradients has none.
+    kept = [name for name in parameters if any(key.startswith(f"{name}/") for key in tensors)]
+    own = {f"{name}/{slot}": parameters[name].detach() for name in kept for slot in ("exp_avg", "exp_avg_sq")}
+    own |= {f"{name}/step": torch.zeros(()) for name in kept}
+    for key, value in fitted(own, tensors, f"{source}, the optimizer").items():
         name, slot = key.rsplit("/", 1)
-        if name not in parameters or value.ndim and value.shape != parameters[name].shape:
-            raise ValueError(
-                f"{source}: optimizer state {key!r} {list(value.shape)} does not fit the model that trains here"
-            )
-        # AdamW keeps its step counter on the CPU unless it is capturable or fused.
-        device = parameters[name].device if value.ndim else torch.device("cpu")
-        optimizer.state[parameters[name]][slot] = value.to(device)
+        optimizer.state[parameters[name]][slot] = value.to(own[key].device)
 
 
 class Averages:
@@ -155,7 +156,7 @@ class Averages:
             self.tensors[name].copy_(current)
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        assert tensors.keys() == self.tensors.keys(), "the averages are those of another model"
-        for name, value in tensors.items():
+    def restore(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Take averages from a checkpoint; ValueError where they are not those of this model, or not finite."""
+        for name, value in fitted(self.tensors, tensors, f"{source}, the averages").items():
             self.tensors[name].copy_(value)
