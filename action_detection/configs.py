@@ -1,24 +1,58 @@
-"""The rows of the temporal action detection table: one plain function per (data set, backbone), times five methods.
+"""The rows of the temporal action detection table: one plain function per (data set, backbone), times the methods.
 
-    row("untrimmed_tiny_dr2net")              # -> Config
+    ROWS["untrimmed_tiny_dr2net"]()           # -> Config
     python -m action_detection.train untrimmed_tiny_dr2net --optimization.epochs 2
 
 A row's name is `<data set>_<backbone>_<method>`; the docstring of its function is its lab notebook. A variant is a
-function of three lines plus its name in `FAMILIES`. Paths are relative to the root of the repository, where the
+function of three lines plus its name in `ROWS`. Paths are relative to the root of the repository, where the
 commands are run.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from action_detection.data import Data
 from action_detection.metric import ACTIVITYNET_TIOU
-from engine.commands import find_row
-from engine.config import METHODS, Finetuning, Method, Optimization, Preset, Run
+from dr2net import Options
+from engine import config as engine_config
+from engine.config import SCHEDULES, Finetuning, Method, Optimization, Run
+from engine.rows import rows_of
+from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
 
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # made by scripts/make_swin_weights.sh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(engine_config.Data):
+    """The data set and how its videos become windows of frames. The defaults change nothing at random."""
+
+    kind: Literal["activitynet", "thumos"] = "activitynet"  # the layout, see `read_annotations`
+    root: Path = Path("data/untrimmed")
+    num_classes: Count = 10  # must be what the annotation file has
+    train_subset: str = "training"
+    test_subset: str = "validation"
+    num_steps: Count = 48  # N, the feature grid of a window
+    frames_per_step: Count = 2  # T = num_steps * frames_per_step frames are decoded
+    image_size: Count = 56  # H = W
+    windows: Literal["whole", "sliding"] = "sliding"  # a window is the whole video, or a piece of it at `fps`
+    fps: Positive = 6.0  # sliding: frames per second that the network sees
+    overlap: Annotated[float, Range(low=0, below=1)] = 0.25  # sliding, test: share repeated by the next
+    min_overlap: Share = 0.75  # an instance of which a smaller share is inside the window is no target
+    train_on_empty: bool = False  # also train on videos without a single instance
+    crop_scale: tuple[Share, Share] = (1.0, 1.0)  # training: share of the area kept by the window's random crop
+    flip: bool = False  # mirror half of the windows; never where "left" and "right" are classes
+    color_jitter: Share = 0.0  # brightness, contrast, saturation in 1 +- this
+    blocked: Path | None = None  # JSON list of videos that neither train nor test, such as OpenTAD's blocked.json
+    num_videos: Count | None = None  # use only the first so many of each subset, for quick tries
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    cache_gib: NotNegative = 0.0  # decoded videos kept in memory, per split and worker; helps small sets
+
+    @property
+    def num_frames(self) -> int:
+        """T of a window."""
+        return self.num_steps * self.frames_per_step
+
 
 UNTRIMMED = Data(cache_gib=1.0)
 ACTIVITYNET = Data(
@@ -49,54 +83,49 @@ THUMOS = Data(
 )
 
 
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, kw_only=True)
+class Model(Settings):
     """The pretrained backbone and its detection head. Window length and image size are those of `Data`."""
 
     backbone: Literal["small", "swin3d_t", "swin3d_s", "swin3d_b", "slowfast101"] = "small"
     weights: str | None = SMALL_WEIGHTS  # "kinetics" (torchvision's), a file; None: random, to pretrain or to plan
-    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0
+    drop_path: Share = 0.0  # stochastic depth of the last block, rising linearly from 0
     head: Literal["actionformer", "vsgn"] = "actionformer"
-    width: int = 128  # channels of the head
-    num_levels: int = 4  # of the pyramid, each half as long as the one before
-    window: int = 9  # steps that local attention sees (actionformer), odd; 0: all of them
+    width: Count = 128  # channels of the head
+    num_levels: Count = 4  # of the pyramid, each half as long as the one before
+    attention_span: Count | None = 9  # steps that local attention sees (actionformer), odd; None: all of them
     position_embedding: bool = False  # absolute, sinusoidal, after the projection (actionformer)
-    head_drop_path: float = 0.0
-    label_smoothing: float = 0.0
-    regression_weight: float = 1.0  # of the boundary loss against the classification loss
+    head_drop_path: Share = 0.0
+    label_smoothing: Share = 0.0
+    regression_weight: NotNegative = 1.0  # of the boundary loss against the classification loss
     class_agnostic: bool = False  # one class "action"; classes then come from `Detection.class_scores`
 
 
-@dataclass(frozen=True)
-class Detection:
+@dataclass(frozen=True, kw_only=True)
+class Detection(Settings):
     """From the network's candidates to the detections of a video."""
 
     nms: Literal["soft", "hard", "none"] = "soft"
-    sigma: float = 0.5  # soft: a score decays by exp(-iou^2 / sigma)
-    iou_threshold: float = 0.1  # hard: above it the lower score goes
-    vote_threshold: float = 0.0  # boundaries become the mean over candidates that overlap more than this; 0: off
+    sigma: Positive = 0.5  # soft: a score decays by exp(-iou^2 / sigma)
+    iou_threshold: Share = 0.1  # hard: above it the lower score goes
+    vote_threshold: Share | None = None  # boundaries become the mean over candidates that overlap more than this
     multi_class: bool = True  # suppress within a class only
-    min_score: float = 1e-3
-    max_candidates: int = 2000  # per window, before suppression
-    max_detections: int = 200  # per video
-    tious: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)  # thresholds of the metric
+    min_score: Share = 1e-3
+    max_candidates: Count = 2000  # per window, before suppression
+    max_detections: Count = 200  # per video
+    tious: tuple[Share, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)  # thresholds of the metric
     class_scores: Path | None = None  # JSON of video-level class scores of an outside classifier
     class_scores_sha256: str | None = None  # its checksum; the label file alone moves mAP by points
-    class_scores_top: int = 2  # classes per video taken from it
+    class_scores_top: Count = 2  # classes per video taken from it
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(engine_config.Config):
     """Everything that determines a run."""
 
-    row: str
-    preset: Preset
     data: Data
     model: Model = field(default_factory=Model)
     detection: Detection = field(default_factory=Detection)
-    optimization: Optimization = field(default_factory=Optimization)
-    finetuning: Finetuning = field(default_factory=Finetuning)
-    run: Run = field(default_factory=Run)
 
 
 def untrimmed_tiny(method: Method) -> Config:
@@ -104,7 +133,6 @@ def untrimmed_tiny(method: Method) -> Config:
     base = untrimmed_small(method)
     return replace(
         base,
-        row=f"untrimmed_tiny_{method}",
         preset="tiny",
         data=replace(base.data, num_videos=24),
         optimization=replace(base.optimization, epochs=6),
@@ -121,7 +149,6 @@ def untrimmed_small(method: Method) -> Config:
     neither. The numbers are in results/README.md.
     """
     return Config(
-        row=f"untrimmed_small_{method}",
         preset="laptop",
         data=UNTRIMMED,
         optimization=Optimization(
@@ -129,11 +156,11 @@ def untrimmed_small(method: Method) -> Config:
             warmup_epochs=0.5,
             global_batch=4,
             learning_rate=1e-3,
-            backbone_multiplier=0.1,
+            multipliers={"backbone.": 0.1},
             clip_norm=1.0,
             precision="fp32",
         ),
-        finetuning=Finetuning(method=method, chunk_mib=32, recompute_rest=True),
+        finetuning=Finetuning(method=method, options=Options(tolerance=1e-2, chunk_mib=32, recompute_rest=True)),
         run=Run(micro_batch=4, num_workers=0, evaluate_every_epochs=8),
     )
 
@@ -147,16 +174,15 @@ def anet_swint(method: Method) -> Config:
     photometric augmentation but colour jitter; the learning rate of the head is not lowered for its norms.
     """
     return Config(
-        row=f"anet_swint_{method}",
         preset="paper",
         data=ACTIVITYNET,
         model=Model(
             backbone="swin3d_t",
             weights="kinetics",
-            drop_path=0.2 if method in ("reversible", "dr2net") else 0.1,
+            drop_path=0.2 if method in SCHEDULES else 0.1,
             width=256,
             num_levels=6,
-            window=0,
+            attention_span=None,
             position_embedding=True,
             head_drop_path=0.1,
             label_smoothing=0.1,
@@ -176,12 +202,12 @@ def anet_swint(method: Method) -> Config:
             warmup_epochs=5,
             global_batch=8,
             learning_rate=1e-3,
-            backbone_multiplier=0.01,
+            multipliers={"backbone.": 0.01},
             clip_norm=1.0,
             ema_decay=0.999,
             precision="bf16",
         ),
-        finetuning=Finetuning(method=method, chunk_mib=64, recompute_rest=True),
+        finetuning=Finetuning(method=method, options=Options(tolerance=1e-2, chunk_mib=64, recompute_rest=True)),
         run=Run(micro_batch=2, num_workers=8),
     )
 
@@ -198,7 +224,6 @@ def thumos_swint(method: Method) -> Config:
     base = anet_swint(method)
     return replace(
         base,
-        row=f"thumos_swint_{method}",
         data=THUMOS,
         model=replace(
             base.model,
@@ -215,7 +240,7 @@ def thumos_swint(method: Method) -> Config:
             global_batch=4,
             learning_rate=1e-4,
             min_learning_rate=9.8e-5,
-            backbone_multiplier=0.1,
+            multipliers={"backbone.": 0.1},
         ),
     )
 
@@ -224,7 +249,7 @@ def anet_swint_vsgn(method: Method) -> Config:
     """ActivityNet-1.3, Video Swin-T with the VSGN head, likely the paper's setting (its Fig. 1). Not run here."""
     base = anet_swint(method)
     model = replace(base.model, head="vsgn", num_levels=5)
-    return replace(base, row=f"anet_swint_vsgn_{method}", model=model)
+    return replace(base, model=model)
 
 
 def anet_slowfast101(method: Method) -> Config:
@@ -235,23 +260,17 @@ def anet_slowfast101(method: Method) -> Config:
     """
     base = anet_swint(method)
     model = replace(base.model, backbone="slowfast101", weights="data/slowfast_r101.pyth", drop_path=0.0)
-    return replace(base, row=f"anet_slowfast101_{method}", model=model)
+    return replace(base, model=model)
 
 
 def thumos_slowfast101(method: Method) -> Config:
     """THUMOS-14, SlowFast-101: as thumos_swint. Published (OpenTAD): 69.97 plain, 70.19 with Re2TAL. Not run here."""
     base = thumos_swint(method)
     model = replace(base.model, backbone="slowfast101", weights="data/slowfast_r101.pyth", drop_path=0.0)
-    return replace(base, row=f"thumos_slowfast101_{method}", model=model)
+    return replace(base, model=model)
 
 
-FAMILIES = (
+ROWS = rows_of(
     *(untrimmed_tiny, untrimmed_small),
     *(anet_swint, anet_swint_vsgn, anet_slowfast101, thumos_swint, thumos_slowfast101),
 )
-ROWS = {f"{family.__name__}_{method}": partial(family, method) for family in FAMILIES for method in METHODS}
-
-
-def row(name: str) -> Config:
-    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
-    return find_row(ROWS, name)

@@ -19,18 +19,17 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from action_detection.annotations import Annotations, Video, read_blocked, read_database
+from action_detection.configs import Config, Data
+from engine.config import Split
 from engine.data import transforms
-from engine.data.loader import Loaders, build_loader
 from engine.data.video import FrameCache, read_usable
 
 ANNOTATIONS = {"activitynet": "activity_net.v1-3.min.json", "thumos": "thumos_14_anno.json"}
@@ -38,39 +37,6 @@ VIDEO_FOLDER = "videos"
 SUFFIXES = (".mp4", ".mkv", ".webm")
 MAX_CHUNK_BYTES = 1 << 28  # decoded frames at full size in memory at once
 ON_SCREEN = 1e-4  # seconds; so that rounding never shows the frame before
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set and how its videos become windows of frames. The defaults change nothing at random."""
-
-    kind: Literal["activitynet", "thumos"] = "activitynet"  # the layout, see `read_annotations`
-    root: Path = Path("data/untrimmed")
-    num_classes: int = 10  # must be what the annotation file has
-    train_subset: str = "training"
-    test_subset: str = "validation"
-    num_steps: int = 48  # N, the feature grid of a window
-    frames_per_step: int = 2  # T = num_steps * frames_per_step frames are decoded
-    image_size: int = 56  # H = W
-    windows: Literal["whole", "sliding"] = "sliding"  # a window is the whole video, or a piece of it at `fps`
-    fps: float = 6.0  # sliding: frames per second that the network sees
-    overlap: float = 0.25  # sliding: share of a window that the next one repeats, in the test
-    min_overlap: float = 0.75  # an instance of which a smaller share is inside the window is no target
-    train_on_empty: bool = False  # also train on videos without a single instance
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # training: share of the area kept by the window's random crop
-    flip: bool = False  # mirror half of the windows; never where "left" and "right" are classes
-    color_jitter: float = 0.0  # brightness, contrast, saturation in 1 +- this
-    blocked: Path | None = None  # JSON list of videos that neither train nor test, such as OpenTAD's blocked.json
-    num_videos: int = 0  # use only the first so many of each subset, for quick tries; 0: all
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    cache_gib: float = 0.0  # decoded videos kept in memory, per split and worker; helps small sets
-    on_broken: Literal["raise", "skip"] = "raise"  # an unreadable file: stop, or name it and take another
-
-    @property
-    def num_frames(self) -> int:
-        """T of a window."""
-        return self.num_steps * self.frames_per_step
 
 
 def annotation_file(data: Data) -> Path:
@@ -101,7 +67,7 @@ def read_annotations(data: Data) -> Annotations:
     blocked = set() if data.blocked is None else read_blocked(data.blocked)
     for name, entry in database.items():
         subset = entry["subset"]
-        if name in blocked or subset not in taken or (data.num_videos and taken[subset] == data.num_videos):
+        if name in blocked or subset not in taken or (data.num_videos is not None and taken[subset] == data.num_videos):
             continue
         taken[subset] += 1
         duration, segments, labels = float(entry["duration"]), [], []
@@ -302,14 +268,16 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def build_loaders(config: Any) -> Loaders:
-    """Training, and all windows of the test subset. config: action_detection.configs.Config."""
-    return Loaders(train=_loader(config, train=True), val=_loader(config, train=False))
+def build_dataset(config: Config, split: Split) -> Windows:
+    """The windows of a split: one drawn per training video and epoch; all of each test video, one after the other (val
+    and test alike). Errors as `read_annotations`, and FileNotFoundError for missing videos.
+    """
+    return Windows(config.data, *_usable(config.data, split == "train"), train=split == "train")
 
 
-def build_test_loader(config: Any) -> DataLoader:
-    """All windows of the test subset, those of a video one after the other."""
-    return _loader(config, train=False)
+def class_names(config: Config) -> list[str]:
+    """The name of each class, by index. Errors as `read_annotations`."""
+    return list(read_annotations(config.data).class_names)
 
 
 def windows_of_file(data: Data, path: Path | str) -> Windows:
@@ -321,13 +289,6 @@ def windows_of_file(data: Data, path: Path | str) -> Windows:
     seconds = FrameCache(0).probe(path).seconds
     video = Video(seconds, "", torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, dtype=torch.long))
     return Windows(data, {name: video}, {name: str(path)}, train=False)
-
-
-def _loader(config: Any, *, train: bool) -> DataLoader:
-    data, run = config.data, config.run
-    dataset = Windows(data, *_usable(data, train), train=train)
-    size, workers = run.micro_batch, run.num_workers
-    return build_loader(dataset, batch_size=size, seed=run.seed, train=train, num_workers=workers, collate=collate)
 
 
 def _usable(data: Data, train: bool) -> tuple[dict[str, Video], dict[str, str]]:

@@ -9,29 +9,24 @@ of a video together, each once, then suppression (`ops.py`), then, for a class-a
 `detection.class_scores`. Not here: which windows there are (`data.py`), their candidates (`head.py`).
 """
 
-import argparse
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from action_detection.annotations import Annotations, ClassScores, read_blocked, read_class_scores
 from action_detection.configs import Config, Detection
-from action_detection.data import build_test_loader, read_annotations
+from action_detection.data import read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
-from action_detection.model import ActionDetector, build_model, without_weights
 from action_detection.ops import Window, soft_nms
-from engine.commands import config_of_checkpoint, run_command
-from engine.data.loader import gather, to_device
-from engine.data.workers import tracked
-from engine.training.finetuning import autocast, load_trained
-
-__all__ = ["build_evaluate", "evaluate_files"]
+from engine.settings import Settings
+from engine.task import Batch, Model
 
 
 class Detected(NamedTuple):
@@ -42,38 +37,51 @@ class Detected(NamedTuple):
     labels: Tensor  # (M,) index into the class names
 
 
-def build_evaluate(config: Config) -> Callable[[nn.Module, Iterable[dict]], dict[str, float]]:
-    """evaluate(model, batches) -> {"average_mAP", "mAP@0.30", ...} in percent, over all devices' shares.
+class Truth(NamedTuple):
+    """What the metric needs besides the candidates."""
 
-    The ground truth is the test subset's. Raises FileNotFoundError or ValueError now, not after hours of training, if
-    annotations or class scores are missing or do not fit.
+    annotations: Annotations
+    class_scores: ClassScores | None
+
+
+def read_truth(config: Config) -> Truth:
+    """The ground truth of the test subset.
+
+    FileNotFoundError or ValueError if annotations or class scores are missing or do not fit.
     """
     annotations = read_annotations(config.data)
     class_scores = class_scores_of(config, annotations)
     if not any(len(video.labels) for video in test_videos(config, annotations).values()):
         raise ValueError(f"subset {config.data.test_subset!r} has no annotated actions: set data.test_subset")
+    return Truth(annotations, class_scores)
 
-    def evaluate(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
-        windows = gather(detect_windows(model, batches, config.detection))
-        return score(config, annotations, detections(windows, config.detection, class_scores))
 
-    return evaluate
+def collect(model: Model, batch: Batch, config: Config) -> list[Window]:
+    """The candidates in each window of the batch."""
+    return model.head.detect(model(batch), batch, config.detection)
+
+
+def score(rows: Sequence[Window], truth: Truth, config: Config) -> dict[str, float]:
+    """average_mAP, then mAP at each of config.detection.tious, in percent."""
+    found = detections(rows, config.detection, truth.class_scores)
+    videos, names = test_videos(config, truth.annotations), truth.annotations.class_names
+    actions = {
+        name: Detected(video.segments, torch.zeros(len(video.labels)), video.labels) for name, video in videos.items()
+    }
+    result = evaluate_rows(as_rows(actions, names), as_rows(found, names), config.detection.tious)
+    return named(result, config.detection.tious)
+
+
+def write(folder: Path, rows: Sequence[Window], truth: Truth, config: Config) -> Path:
+    """detections.json, in the form that the ActivityNet server takes."""
+    path = folder / "detections.json"
+    write_detections(path, detections(rows, config.detection, truth.class_scores), truth.annotations.class_names)
+    return path
 
 
 def test_videos(config: Config, annotations: Annotations) -> dict[str, Any]:
     """The videos of the test subset by name."""
     return {name: video for name, video in annotations.videos.items() if video.subset == config.data.test_subset}
-
-
-@torch.no_grad()
-def detect_windows(model: nn.Module, batches: Iterable[dict], settings: Detection) -> list[Window]:
-    """The candidates in this device's share of the windows. model: an ActionDetector in eval mode."""
-    windows: list[Window] = []
-    device = next(model.parameters()).device
-    for batch in batches:
-        batch = to_device(batch, device)
-        windows += model.head.detect(model(batch), batch, settings)
-    return windows
 
 
 def detections(
@@ -97,7 +105,7 @@ def detections(
                 min_score=settings.min_score,
                 max_detections=settings.max_detections,
                 multi_class=settings.multi_class,
-                vote_threshold=settings.vote_threshold,
+                vote_threshold=settings.vote_threshold or 0.0,
             )
         except ValueError as error:
             raise ValueError(f"video {name!r}: {error}") from error
@@ -120,16 +128,6 @@ def with_classes(actions: Detected, class_scores: np.ndarray, top: int) -> Detec
     return Detected(segments[order], scores.flatten()[order], best.repeat(len(actions.scores))[order])
 
 
-def score(config: Config, annotations: Annotations, found: dict[str, Detected]) -> dict[str, float]:
-    """average_mAP, then mAP at each of config.detection.tious, in percent."""
-    videos, names = test_videos(config, annotations), annotations.class_names
-    truth = {
-        name: Detected(video.segments, torch.zeros(len(video.labels)), video.labels) for name, video in videos.items()
-    }
-    result = evaluate_rows(as_rows(truth, names), as_rows(found, names), config.detection.tious)
-    return named(result, config.detection.tious)
-
-
 def as_rows(videos: dict[str, Detected], class_names: tuple[str, ...]) -> Rows:
     """What the metric takes."""
     own = videos.values()
@@ -146,6 +144,17 @@ def named(result: dict[str, Any], tiou: Iterable[float]) -> dict[str, float]:
     """What `evaluate_files` returns, in percent and with names."""
     per_threshold = {f"mAP@{t:.2f}": 100 * value for t, value in zip(tiou, result["mAP"], strict=True)}
     return {"average_mAP": 100 * result["average_mAP"], **per_threshold}
+
+
+def parse_tiou(text: str) -> tuple[float, ...]:
+    """ "0.5:0.95:10", first, last and how many, evenly spaced as by the official script; or "0.3,0.5". ValueError."""
+    try:
+        if ":" in text:
+            first, last, count = text.split(":")
+            return tuple(np.linspace(float(first), float(last), int(count)).tolist())
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--tiou {text}: want first:last:count or numbers with commas, as 0.5:0.95:10") from error
 
 
 def class_scores_of(config: Config, annotations: Annotations) -> ClassScores | None:
@@ -179,64 +188,39 @@ def write_detections(path: Path, found: dict[str, Detected], class_names: tuple[
     path.write_text(json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n")
 
 
-def load_detector(run: Path, device: torch.device) -> tuple[Config, ActionDetector]:
-    """The Config and the trained network, in eval mode, of a run. FileNotFoundError or ValueError if unusable."""
-    folder = run / "checkpoint" if (run / "checkpoint").is_dir() else run
-    config = config_of_checkpoint(folder, Config)
-    model = build_model(without_weights(config))
-    load_trained(model, config.finetuning, folder)
-    return config, model.to(device)
+@dataclass(frozen=True)
+class Files(Settings):
+    """Score a prediction file, in the official submission format."""
+
+    ground_truth: Path  # annotations, in ActivityNet's form
+    predictions: Path  # detections
+    subset: str = "validation"
+    tiou: str = "0.5:0.95:10"  # first:last:count, or numbers with commas
+    drop_duplicates: bool = False  # of the ground truth, as OpenTAD does
+    blocked: Path | None = None  # JSON list of videos to leave out, such as OpenTAD's blocked.json
 
 
-def parse_tiou(text: str) -> tuple[float, ...]:
-    """ "0.5:0.95:10", first, last and how many, evenly spaced as by the official script; or "0.3,0.5". ValueError."""
-    try:
-        if ":" in text:
-            first, last, count = text.split(":")
-            return tuple(np.linspace(float(first), float(last), int(count)).tolist())
-        return tuple(float(word) for word in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"--tiou {text}: want first:last:count or numbers with commas, as 0.5:0.95:10") from error
+def score_files(words: list[str]) -> None:
+    """The command line that compares two files."""
+    import tyro
 
-
-def main(words: list[str]) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="a run's folder, or a checkpoint folder")
-    parser.add_argument("--root", type=Path, help="the data set's folder, if it has moved since training")
-    parser.add_argument("--ground-truth", type=Path, help="annotations, in ActivityNet's form")
-    parser.add_argument("--predictions", type=Path, help="detections, in the official submission format")
-    parser.add_argument("--subset", default="validation")
-    parser.add_argument("--tiou", default="0.5:0.95:10", help="first:last:count, or numbers with commas")
-    parser.add_argument("--drop-duplicates", action="store_true", help="of the ground truth, as OpenTAD does")
-    parser.add_argument("--blocked", type=Path, help="JSON list of videos to leave out, such as OpenTAD's blocked.json")
-    arguments = parser.parse_args(words)
-    files = (arguments.ground_truth, arguments.predictions)
-    if (arguments.run is None) == (files == (None, None)) or (arguments.run is None and None in files):
-        parser.error("give a run's folder, or --ground-truth and --predictions")
-    if arguments.run is None:
-        tiou = parse_tiou(arguments.tiou)
-        blocked = read_blocked(arguments.blocked) if arguments.blocked else ()
-        result = evaluate_files(
-            *files, tiou, arguments.subset, drop_duplicates=arguments.drop_duplicates, blocked=blocked
-        )
-        for name, value in named(result, tiou).items():
-            print(f"{name} {value:.2f}")
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, model = load_detector(arguments.run, device)
-    if arguments.root is not None:
-        config = replace(config, data=replace(config.data, root=arguments.root))
-    annotations = read_annotations(config.data)
-    class_scores = class_scores_of(config, annotations)
-    with autocast(config.optimization.precision, device):
-        windows = detect_windows(model, tracked("evaluating", build_test_loader(config)), config.detection)
-    found = detections(windows, config.detection, class_scores)
-    metrics = ", ".join(f"{name} {value:.1f}" for name, value in score(config, annotations, found).items())
-    print(f"{config.row} seed {config.run.seed}: {metrics}")
-    write_detections(arguments.run / "detections.json", found, annotations.class_names)
-    print(arguments.run / "detections.json")
+    files = tyro.cli(Files, args=words)
+    tiou = parse_tiou(files.tiou)
+    blocked = read_blocked(files.blocked) if files.blocked else ()
+    result = evaluate_files(
+        *(files.ground_truth, files.predictions, tiou, files.subset),
+        drop_duplicates=files.drop_duplicates,
+        blocked=blocked,
+    )
+    for name, value in named(result, tiou).items():
+        print(f"{name} {value:.2f}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from action_detection import data, evaluate, model
+    from engine import commands
+
+    if any(word.startswith(("--ground-truth", "--predictions")) for word in sys.argv):
+        commands.run_command(score_files)
+    else:
+        commands.evaluate(Config, model, data, evaluate)

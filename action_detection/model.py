@@ -2,11 +2,11 @@
 
     model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalised; batch["mask"]: (B, N)
 
-`model.backbone` is what a finetuning method applies to; `model.head.losses` is the criterion, `model.head.detect` turns
-outputs into candidates. Not here: schedules, precision, suppression of duplicates.
+`model.backbone` is what a finetuning method applies to; `model.head.detect` turns outputs into candidates. Not here:
+schedules, precision, suppression of duplicates.
 """
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,38 +14,36 @@ from torch.nn import functional as F
 
 from action_detection.configs import Config
 from action_detection.head import ActionFormerHead
+from engine.task import Batch, Model
 from engine.weights import refuse_non_finite
 
 
-class ActionDetector(nn.Module):
-    """Backbone, mean over space, then head. Layers for learning-rate decay: 0 = embeddings, ..., num_layers = head."""
+class ActionDetector(Model):
+    """Backbone, mean over space, then head."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Any]:
         features = self.backbone(batch["video"]).mean(dim=(3, 4))  # (B, C, T')
         num_steps = batch["mask"].shape[1]
         if features.shape[2] != num_steps:
             features = F.interpolate(features, size=num_steps, mode="linear", align_corners=False)
         return self.head(features, batch["mask"])
 
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.num_layers
-
-    def layer_of(self, name: str) -> int:
-        """Layer of a parameter by its name in `named_parameters()`."""
-        if name.startswith("backbone."):
-            return self.backbone.layer_of(name.removeprefix("backbone."))
-        return self.num_layers
+    def losses(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
+        """Those of the head."""
+        return self.head.losses(outputs, batch)
 
 
-def build_model(config: Config) -> ActionDetector:
-    """The row's network with its pretrained backbone. ValueError if weights are unreachable, do not fit or hold NaN."""
-    backbone = _build_backbone(config)
+def build_model(config: Config, *, pretrained: bool = True) -> ActionDetector:
+    """The row's network with its pretrained backbone, or a random one.
+
+    ValueError if weights are unreachable, do not fit or hold NaN.
+    """
+    backbone = _build_backbone(config, pretrained)
     refuse_non_finite(backbone.state_dict(), f"pretrained weights of {config.model.backbone}")
     return ActionDetector(backbone, build_head(config, backbone.width))
 
@@ -69,7 +67,7 @@ def build_head(config: Config, in_width: int) -> nn.Module:
         num_classes,
         width=model.width,
         num_levels=model.num_levels,
-        window=model.window,
+        window=model.attention_span or 0,
         drop_path=model.head_drop_path,
         position_embedding=model.position_embedding,
         label_smoothing=model.label_smoothing,
@@ -77,12 +75,7 @@ def build_head(config: Config, in_width: int) -> nn.Module:
     )
 
 
-def without_weights(config: Config) -> Config:
-    """The same row with random weights: for planning, and where a checkpoint is about to fill every weight."""
-    return replace(config, model=replace(config.model, weights=None))
-
-
-def example_batch(config: Config) -> dict:
+def example_batch(config: Config) -> Batch:
     """A batch of the shapes of one forward in training; to be called under fake tensors, where it takes no memory."""
     data, num_windows = config.data, config.run.micro_batch
     length = float(data.num_steps)
@@ -100,12 +93,13 @@ def example_batch(config: Config) -> dict:
     }
 
 
-def _build_backbone(config: Config) -> nn.Module:
+def _build_backbone(config: Config, pretrained: bool) -> Any:
     model = config.model
+    weights = model.weights if pretrained else None
     if model.backbone == "slowfast101":
         from engine.backbones.slowfast import build_slowfast
 
-        return build_slowfast(model.backbone, weights=model.weights, drop_path=model.drop_path)
+        return build_slowfast(model.backbone, weights=weights, drop_path=model.drop_path)
     from engine.backbones.video_swin import build_video_swin
 
-    return build_video_swin(model.backbone, weights=model.weights, drop_path=model.drop_path)
+    return build_video_swin(model.backbone, weights=weights, drop_path=model.drop_path)

@@ -9,23 +9,23 @@ the length of the video does not matter to memory. JSON has all detections, the 
 A class-agnostic network names no class: it finds "action". Not here: streaming from a camera.
 """
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from action_detection.annotations import read_database
 from action_detection.configs import Config
-from action_detection.data import collate, read_annotations, windows_of_file
-from action_detection.evaluate import Detected, detect_windows, detections, load_detector, write_detections
-from engine.commands import run_command
+from action_detection.data import class_names, collate, windows_of_file
+from action_detection.evaluate import Detected, collect, detections, write_detections
+from engine import commands
+from engine.data.loader import to_device
 from engine.data.video import VideoInfo, probe, read_frames, write_frames
 from engine.data.workers import tracked
+from engine.settings import Share
+from engine.task import Model
 from engine.training.finetuning import autocast
 
 if TYPE_CHECKING:
@@ -48,54 +48,31 @@ class Action(NamedTuple):
     score: float = 1.0
 
 
-def main(words: list[str]) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
-    parser.add_argument("video", type=Path)
-    parser.add_argument("--annotations", type=Path, help="a file in ActivityNet's form that has this video")
-    parser.add_argument("--min-score", type=float, default=0.2, help="of the actions in the pictures")
-    parser.add_argument("--root", type=Path, help="the data set's folder with the class names, if it has moved")
-    parser.add_argument("--output", type=Path, default=Path("predictions"))
-    arguments = parser.parse_args(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, model = load_detector(arguments.run, device)
-    if arguments.root is not None:
-        config = replace(config, data=replace(config.data, root=arguments.root))
-    written = predict(
-        config,
-        model,
-        arguments.video,
-        arguments.output,
-        annotations=arguments.annotations,
-        min_score=arguments.min_score,
-    )
-    for path in written:
-        print(path)
+@dataclass(frozen=True)
+class Arguments(commands.Prediction):
+    """See the module's docstring."""
+
+    annotations: Path | None = None  # a file in ActivityNet's form that has this video
+    min_score: Share = 0.2  # of the actions in the pictures
 
 
-def predict(
-    config: Config,
-    model: nn.Module,
-    video: Path,
-    output: Path,
-    *,
-    annotations: Path | None = None,
-    min_score: float = 0.2,
-) -> tuple[Path, Path, Path]:
+def predict(config: Config, model: Model, arguments: Arguments) -> tuple[Path, Path, Path]:
     """Print the best detections and write JSON, timeline and annotated video; returns their paths.
 
-    Raises FileNotFoundError for a missing file, engine.data.video.BrokenVideo for one that cannot be decoded,
-    ValueError if `annotations` lacks the video or min_score is not in [0, 1].
+    Raises engine.data.video.BrokenVideo for a file that cannot be decoded, ValueError if the annotations lack it.
     """
-    if not 0 <= min_score <= 1:
-        raise ValueError(f"--min-score is {min_score}; a score lies between 0 and 1")
-    class_names = ("action",) if config.model.class_agnostic else read_annotations(config.data).class_names
+    video, output, annotations, min_score = (
+        arguments.input,
+        arguments.output,
+        arguments.annotations,
+        arguments.min_score,
+    )
+    names = ("action",) if config.model.class_agnostic else tuple(class_names(config))
     name, info = video.stem.removeprefix("v_"), probe(video)
     truth = None if annotations is None else annotated_actions(annotations, name)
     found = detect(config, model, video)
     actions = [
-        Action(class_names[label], start, end, score)
+        Action(names[label], start, end, score)
         for label, (start, end), score in zip(
             found.labels.tolist(), found.segments.tolist(), found.scores.tolist(), strict=True
         )
@@ -106,7 +83,7 @@ def predict(
         print(f"{action.score:6.1%} {action.start:8.1f} to {action.end:6.1f} s  {action.label}")
     output.mkdir(parents=True, exist_ok=True)
     table, timeline, annotated = (output / f"{video.stem}.{suffix}" for suffix in ("json", "png", "mp4"))
-    write_detections(table, {name: found}, class_names)
+    write_detections(table, {name: found}, names)
     colours = colours_of([*(truth or []), *actions])
     draw_timeline(timeline, video, info, actions, truth, colours, title=f"{video.name}, {config.row}")
     # never onto the input
@@ -116,14 +93,14 @@ def predict(
     return table, timeline, annotated
 
 
-def detect(config: Config, model: nn.Module, video: Path) -> Detected:
+def detect(config: Config, model: Model, video: Path) -> Detected:
     """The detections in a video file, best first, as in evaluation; one window in memory at a time."""
     device = next(model.parameters()).device
     # A training row may keep whole decoded videos in memory; here the video is read once, and may be long.
     samples = windows_of_file(replace(config.data, cache_gib=0.0), video)
     batches = (collate([samples[index, 0]]) for index in tracked("detecting", range(len(samples))))
     with autocast(config.optimization.precision, device):
-        windows = detect_windows(model, batches, config.detection)
+        windows = [window for batch in batches for window in collect(model, to_device(batch, device), config)]
     return detections(windows, config.detection)[video.stem]
 
 
@@ -301,4 +278,6 @@ def draw_overview(actions: list[Action], colours: dict[str, str], seconds: float
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from action_detection import model
+
+    commands.predict(Config, model, predict, Arguments)

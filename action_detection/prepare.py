@@ -1,6 +1,6 @@
 """Check a data set, write a composed one, or put what was downloaded in its place.
 
-    python -m action_detection.prepare --tiny                          # composed mp4 files, in data/untrimmed
+    python -m action_detection.prepare --preset tiny                   # composed mp4 files, in data/untrimmed
     python -m action_detection.prepare --kind activitynet --probe      # count, name what is missing, open every file
     python -m action_detection.prepare --kind thumos --class-scores FILE
 
@@ -8,7 +8,6 @@ A check writes nothing, unless --lists says where. The exit status is 0 if every
 if each subset has a video that can be used. scripts/download_activitynet.sh and download_thumos14.sh do the rest.
 """
 
-import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,10 @@ from typing import Literal
 
 from action_detection.annotations import read_class_scores, read_database
 from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
-from action_detection.data import VIDEO_FOLDER, Data, annotation_file, find_files, read_annotations
+from action_detection.configs import ROWS, Data
+from action_detection.data import VIDEO_FOLDER, annotation_file, find_files, read_annotations
+from engine import commands
+from engine.data.check import Check
 from engine.data.video import BrokenVideo, probe
 from engine.data.workers import damage, name_some, progress_bar, run_jobs, write_json
 
@@ -32,44 +34,31 @@ SECONDS_OFF = 1.0  # a file that is this much shorter or longer than annotated i
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(commands.Preparation):
     """See the module's docstring."""
 
-    root: Path | None = None  # default: data/untrimmed, data/activitynet or data/thumos14
-    kind: Literal["activitynet", "thumos"] = "activitynet"  # the layout to check
-    tiny: bool = False  # write the composed data set of `composition`
-    composition: Composition = field(default_factory=Composition)
-    sheet: Path | None = None  # with tiny: also write a contact sheet of some videos (PNG) here
-    probe: bool = False  # open every file: slow, finds damaged ones and wrong durations
+    kind: Literal["activitynet", "thumos"] | None = None  # the layout to check
+    composition: Composition = field(default_factory=Composition)  # with a preset: what to write
     class_scores: Path | None = None  # also check this file of an outside classifier's scores
     blocked: Path | None = None  # JSON list of videos to leave out, as in `Data`
-    on_broken: Literal["raise", "skip"] = "raise"  # what missing and damaged videos mean for the exit status
-    lists: Path | None = None  # folder for the full lists of what is missing or damaged
     thumos_annotations: Path | None = None  # folder of the official text files: make thumos_14_anno.json of them
-    workers: int = 2  # processes for composing and probing
 
 
-@dataclass(frozen=True)
-class Check:
-    """What a check found: counts by name, one sentence per problem, and the subsets without a usable video."""
-
-    counts: dict[str, int]
-    problems: list[str]
-    empty: list[str]
+def place(arguments: Arguments) -> Path:
+    """The data set's folder."""
+    return arguments.root or ROOTS[arguments.kind or "activitynet"]
 
 
-def check(
-    data: Data,
-    *,
-    class_scores: Path | None = None,
-    workers: int = 2,
-    open_files: bool = False,
-    lists: Path | None = None,
-) -> Check:
+def check(arguments: Arguments) -> Check:
     """Count classes, videos and segments; name odd segments, missing, empty and damaged videos, missing class scores.
 
-    Raises as `read_annotations`, but for the number of classes. Full lists go to the folder `lists`, if given.
+    Raises as `read_annotations`, but for the number of classes. Full lists go to the folder `--lists`, if given.
     """
+    root, lists = place(arguments), arguments.lists
+    if arguments.thumos_annotations is not None:
+        written = write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)
+        print(f"{written}: written")
+    data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
     file = annotation_file(data)
     data = replace(data, num_classes=len(read_database(file)[0]))
     counts, problems, empty = {"classes": data.num_classes}, [], []
@@ -89,10 +78,10 @@ def check(
             lists.mkdir(parents=True, exist_ok=True)
         name_some(problems, missing, out["missing"], f"of {len(videos)} {subset} videos are missing")
         unusable = 0
-        if open_files:
+        if arguments.probe:
             jobs = [(path, videos[name].duration) for name, path in paths.items()]
             with progress_bar(f"opening {subset}", len(jobs)) as advance:
-                found = run_jobs(_look, jobs, workers=workers, on_done=advance, chunk=32)
+                found = run_jobs(_look, jobs, workers=arguments.workers, on_done=advance, chunk=32)
             damaged = [line for line, bad in found if bad]
             unusable = len(damaged)
             name_some(problems, damaged, out["damaged"], f"{subset} files are damaged")
@@ -107,13 +96,13 @@ def check(
         for name, expected in COUNTS[data.kind].items():
             if counts.get(name) != expected:
                 problems.append(f"{name}: {counts.get(name, 0)} instead of the announced {expected}")
-    if class_scores is not None:
+    if arguments.class_scores is not None:
         tested = [name for name, video in annotations.videos.items() if video.subset == data.test_subset]
         try:
-            read_class_scores(class_scores, annotations.class_names, tested)
+            read_class_scores(arguments.class_scores, annotations.class_names, tested)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
-    return Check(counts, problems, empty)
+    return Check(str(root), counts, problems, empty)
 
 
 def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise", "skip"] = "raise") -> Path:
@@ -165,39 +154,21 @@ def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise
     return annotation_file(data)
 
 
-def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
+def fetch(arguments: Arguments) -> None:
+    """Nothing comes without a form or a password; ValueError naming the script that knows."""
+    name = "thumos14" if arguments.kind == "thumos" else arguments.kind
+    raise ValueError(f"--download: use bash scripts/download_{name}.sh {place(arguments)}")
+
+
+def compose(arguments: Arguments) -> None:
     """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
+    root, composition = arguments.root or Data().root, arguments.composition
     total = composition.num_training + composition.num_validation
     with progress_bar(f"composing {root}", total) as advance:
-        written = write_dataset(root, composition, workers=workers, on_video=advance)
+        written = write_dataset(root, composition, workers=arguments.workers, on_video=advance)
     print(f"{root}: {total} videos, {'written' if written else 'complete already'}")
-
-
-def main(arguments: Arguments) -> int:
-    """Do what is asked; returns the exit status."""
-    if arguments.tiny:
-        compose(arguments.root or Data().root, arguments.composition, workers=arguments.workers)
-        if arguments.sheet is not None:
-            write_contact_sheet(arguments.sheet, arguments.composition)
-        return 0
-    root = arguments.root or ROOTS[arguments.kind]
-    if arguments.thumos_annotations is not None:
-        print(f"{write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)}: written")
-    data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
-    found = check(
-        data,
-        class_scores=arguments.class_scores,
-        workers=arguments.workers,
-        open_files=arguments.probe,
-        lists=arguments.lists,
-    )
-    print(f"{root}: " + ", ".join(f"{count} {name}" for name, count in found.counts.items()))
-    for problem in found.problems:
-        print(f"  {problem}")
-    print("  complete" if not found.problems else f"  {len(found.problems)} problems")
-    if found.empty:
-        print(f"  no usable video in: {', '.join(found.empty)}")
-    return int(bool(found.empty or (found.problems and arguments.on_broken == "raise")))
+    if arguments.sheet is not None:
+        write_contact_sheet(arguments.sheet, composition)
 
 
 def _look(job: tuple[str, float]) -> tuple[str, bool]:
@@ -223,9 +194,4 @@ def _repeated(videos: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        sys.exit(main(tyro.cli(Arguments, description=__doc__.splitlines()[0], config=(tyro.conf.OmitArgPrefixes,))))
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"prepare: {error}")
+    commands.prepare(Arguments, ROWS, compose=compose, check=check, download=fetch)

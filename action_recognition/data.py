@@ -14,49 +14,19 @@ import csv
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from action_recognition.configs import Config, Data
+from engine.config import Split
 from engine.data import transforms
-from engine.data.loader import Loaders, build_loader
 from engine.data.video import FrameCache, VideoInfo, read_usable
 
-Split = Literal["train", "validation"]
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set and what is done to its clips. The defaults change nothing at random but the choice of frames."""
-
-    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout, see `find_videos`
-    root: Path = Path("data/motion")
-    num_classes: int = 10  # must be what the label file has
-    num_frames: int = 16  # T of a clip
-    image_size: int = 224  # H = W of a clip
-    sampling: Literal["segments", "dense"] = "segments"  # TSN over the whole video, or a dense piece of it
-    stride: int = 4  # dense: frame durations from one sampled frame to the next
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # share of the area kept by random crops; (0.08, 1) in VideoMAE
-    flip: bool = False  # mirror half of the clips; never where "left" and "right" are classes
-    rand_augment: int = 0  # operations of RandAugment per clip; 4 in VideoMAE, 0: off
-    rand_augment_magnitude: int = 7  # of 30
-    color_jitter: float = 0.0  # brightness, contrast, saturation in 1 +- this
-    erase: float = 0.0  # probability of random erasing
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
-    cutmix: float = 0.0  # the same for cutmix; with both, each is taken for half of the samples
-    mix_probability: float = 1.0  # share of samples that are mixed, if mixup or cutmix is on
-    repeats: int = 1  # repeated augmentation: samples per drawn video; a forward has micro_batch x repeats
-    test_segments: int = 2  # temporal views in the final test
-    test_crops: int = 3  # spatial views in the final test, over the long side
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    cache_gib: float = 0.0  # decoded videos kept in memory, per split and worker; helps small sets
-    on_broken: Literal["raise", "skip"] = "raise"  # an unreadable file: stop, or name it and take another
+Subset = Literal["train", "validation"]
 
 
 class Entry(NamedTuple):
@@ -67,7 +37,23 @@ class Entry(NamedTuple):
     label: int
 
 
-def class_names(data: Data) -> list[str]:
+def build_dataset(config: Config, split: Split) -> "Clips":
+    """The clips of a split: training ones drawn anew each time; one centre view of each validation video (val), or all
+    its test_segments x test_crops views, one after the other (test). Errors as `read_entries`.
+    """
+    data = config.data
+    if split == "train":
+        return Clips(data, "train", train=True)
+    segments, crops = (data.test_segments, data.test_crops) if split == "test" else (1, 1)
+    return Clips(data, "validation", train=False, segments=segments, crops=crops)
+
+
+def class_names(config: Config) -> list[str]:
+    """The name of each class, by index. ValueError where the label file is odd or has not `num_classes` classes."""
+    return _checked_names(config.data)
+
+
+def _checked_names(data: Data) -> list[str]:
     """The name of each class, by index. ValueError where the label file is odd or has not `num_classes` classes."""
     file, names = read_class_names(data)
     if len(names) != data.num_classes:
@@ -101,7 +87,7 @@ def read_class_names(data: Data) -> tuple[Path, list[str]]:
     return file, names
 
 
-def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]:
+def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str]]:
     """The annotation file of a split, the videos in its order, and the names of those that are not on disk.
 
     Files are not opened.
@@ -114,8 +100,8 @@ def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]
 
     Raises ValueError naming file and entry for an unknown label.
     """
-    root, indices = Path(data.root), {name: i for i, name in enumerate(class_names(data))}
-    short = "train" if split == "train" else "val"
+    root, indices = Path(data.root), {name: i for i, name in enumerate(_checked_names(data))}
+    short = "train" if subset == "train" else "val"
     entries: list[Entry] = []
     missing: list[str] = []
 
@@ -128,7 +114,7 @@ def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]
             entries.append(Entry(name, path, indices[label]))
 
     if data.kind == "ssv2":
-        source = root / f"something-something-v2-{split}.json"
+        source = root / f"something-something-v2-{subset}.json"
         folder = root / "20bn-something-something-v2"
         files = {Path(file).stem: file for file in sorted(os.listdir(folder))} if folder.is_dir() else {}
         for number, item in enumerate(_load_json(source), start=1):
@@ -158,9 +144,9 @@ def find_videos(data: Data, split: Split) -> tuple[Path, list[Entry], list[str]]
     return source, entries, missing
 
 
-def read_entries(data: Data, split: Split) -> list[Entry]:
+def read_entries(data: Data, subset: Subset) -> list[Entry]:
     """The videos of a split. Missing ones are an error, or with on_broken="skip" left out with a warning."""
-    source, entries, missing = find_videos(data, split)
+    source, entries, missing = find_videos(data, subset)
     if missing:
         total = len(missing) + len(entries)
         message = f"{source}: {len(missing)} of {total} videos are not below {data.root}: {', '.join(missing[:20])}"
@@ -176,9 +162,9 @@ def read_entries(data: Data, split: Split) -> list[Entry]:
 class Clips:
     """Samples by key (index, draw): in training a list of `repeats` samples, in evaluation of one; see `collate`."""
 
-    def __init__(self, data: Data, split: Split, *, train: bool, segments: int = 1, crops: int = 1) -> None:
+    def __init__(self, data: Data, subset: Subset, *, train: bool, segments: int = 1, crops: int = 1) -> None:
         self.data, self.train, self.segments, self.crops = data, train, segments, crops
-        self.entries = read_entries(data, split)
+        self.entries = read_entries(data, subset)
         self.cache = FrameCache(int(data.cache_gib * 2**30))
 
     def __len__(self) -> int:
@@ -284,27 +270,6 @@ def collate(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
     if "view" in samples[0]:
         batch["view"] = torch.tensor([sample["view"] for sample in samples])
     return batch
-
-
-def build_loaders(config: Any) -> Loaders:
-    """Training, and validation on one centre view. config: action_recognition.configs.Config."""
-    train = Clips(config.data, "train", train=True)
-    return Loaders(train=_loader(config, train, train=True), val=_loader(config, _views(config, 1, 1), train=False))
-
-
-def build_test_loader(config: Any) -> DataLoader:
-    """The validation split with test_segments x test_crops views per video, views of a video one after the other."""
-    return _loader(config, _views(config, config.data.test_segments, config.data.test_crops), train=False)
-
-
-def _views(config: Any, segments: int, crops: int) -> Clips:
-    return Clips(config.data, "validation", train=False, segments=segments, crops=crops)
-
-
-def _loader(config: Any, dataset: Clips, *, train: bool) -> DataLoader:
-    run = config.run
-    size, workers = run.micro_batch, run.num_workers
-    return build_loader(dataset, batch_size=size, seed=run.seed, train=train, num_workers=workers, collate=collate)
 
 
 def _load_json(path: Path) -> Any:

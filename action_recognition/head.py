@@ -7,11 +7,11 @@
 Not here: mixup and cutmix themselves, which the loader draws (`data.py`).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from engine.task import Batch
 
 
 class MeanHead(nn.Module):
@@ -51,25 +51,16 @@ class GridHead(nn.Module):
         return self.linear(self.dropout(self.grid_norm(grid)))
 
 
-def build_criterion(*, num_classes: int, label_smoothing: float) -> Callable[[dict, dict], dict[str, Tensor]]:
-    """Return criterion(outputs, batch) -> {"classification": scalar}.
+def classification_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """Cross entropy, a scalar, in float32 outside autocast.
 
-    outputs["logits"]: (B, K). batch["target"]: (B, K) mixed labels if the loader mixes, else batch["label"]: (B,) long.
-    Both are smoothed to (1 - s) t + s / K here and nowhere else. Computed in float32 outside autocast.
-    ValueError if a label is outside 0..K-1.
+    logits: (B, K). batch["target"]: (B, K) mixed labels if the loader mixes, else batch["label"]: (B,) long, 0..K-1.
+    Both are smoothed to (1 - s) t + s / K here and nowhere else.
     """
-
-    def criterion(outputs: dict, batch: dict) -> dict[str, Tensor]:
-        with torch.autocast(outputs["logits"].device.type, enabled=False):
-            logits = outputs["logits"].float()
-            if "target" in batch:
-                target = batch["target"].float()
-            else:
-                target = one_hot(batch["label"], num_classes)
-            target = (1 - label_smoothing) * target + label_smoothing / num_classes
-            return {"classification": F.cross_entropy(logits, target)}
-
-    return criterion
+    num_classes = logits.shape[-1]
+    with torch.autocast(logits.device.type, enabled=False):
+        target = batch["target"].float() if "target" in batch else one_hot(batch["label"], num_classes)
+        return F.cross_entropy(logits.float(), (1 - label_smoothing) * target + label_smoothing / num_classes)
 
 
 def one_hot(label: Tensor, num_classes: int) -> Tensor:

@@ -6,21 +6,19 @@ writes predictions/clip.png (the frames of the middle view, and the probabilitie
 Probabilities are averaged over the test views of the row, as in evaluation. Not here: streaming, localisation in time.
 """
 
-import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from action_recognition.configs import Config
 from action_recognition.data import class_names, clip_indices, read_clip
-from action_recognition.evaluate import load_recognizer
 from action_recognition.head import merge_views
-from engine.commands import run_command
+from engine import commands
 from engine.data.video import probe, read_frames, write_video
+from engine.task import Model
 from engine.training.finetuning import autocast
 
 if TYPE_CHECKING:
@@ -29,28 +27,13 @@ if TYPE_CHECKING:
 BAR_COLOUR, TRACK_COLOUR = (66, 110, 180), (225, 229, 236)
 
 
-def main(words: list[str]) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint folder")
-    parser.add_argument("video", type=Path)
-    parser.add_argument("--root", type=Path, help="the data set's folder with the class names, if it has moved")
-    parser.add_argument("--output", type=Path, default=Path("predictions"))
-    arguments = parser.parse_args(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, model = load_recognizer(arguments.run, device)
-    if arguments.root is not None:
-        config = replace(config, data=replace(config.data, root=arguments.root))
-    for path in predict(config, model, arguments.video, arguments.output):
-        print(path)
-
-
-def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tuple[Path, Path]:
+def predict(config: Config, model: Model, arguments: commands.Prediction) -> tuple[Path, Path]:
     """Print the top-5 and write the contact sheet and the annotated video; returns their paths.
 
-    Raises FileNotFoundError for a missing file, engine.data.video.BrokenVideo for one that cannot be decoded.
+    Raises engine.data.video.BrokenVideo for a file that cannot be decoded.
     """
-    names = class_names(config.data)
+    video, output = arguments.input, arguments.output
+    names = class_names(config)
     info = probe(video)
     probabilities = classify(config, model, video)
     top = [(names[k], float(probabilities[k])) for k in probabilities.topk(min(5, len(names))).indices.tolist()]
@@ -68,7 +51,7 @@ def predict(config: Config, model: nn.Module, video: Path, output: Path) -> tupl
     return sheet, annotated
 
 
-def classify(config: Config, model: nn.Module, video: Path) -> Tensor:
+def classify(config: Config, model: Model, video: Path) -> Tensor:
     """Probabilities (K,) of a video, the mean over the row's test views."""
     device = next(model.parameters()).device
     data = config.data
@@ -131,4 +114,6 @@ def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from action_recognition import model
+
+    commands.predict(Config, model, predict)

@@ -1,6 +1,6 @@
 """Check a data set, write a composed one, or download what can be downloaded.
 
-    python -m action_recognition.prepare --tiny                      # 10 motions, real mp4 files, in data/motion
+    python -m action_recognition.prepare --preset tiny               # 10 motions, real mp4 files, in data/motion
     python -m action_recognition.prepare --kind ssv2 --probe         # count, name what is missing, open every file
     python -m action_recognition.prepare --kind kinetics --download
 
@@ -8,14 +8,16 @@ The exit status is 0 only if everything is there. Something-Something v2 needs a
 request.
 """
 
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from action_recognition.compose import STAMP, VIDEO_FOLDER, Composition, write_contact_sheet, write_dataset
-from action_recognition.data import Data, Split, find_videos, read_class_names
+from action_recognition.configs import ROWS, Data
+from action_recognition.data import Subset, find_videos, read_class_names
+from engine import commands
+from engine.data.check import Check
 from engine.data.download import download, extract, free_bytes
 from engine.data.workers import damaged_videos, name_some, progress_bar
 
@@ -29,51 +31,62 @@ Something-Something v2 (about 20 GB) is given out by Qualcomm under a licence fo
      20bn-something-something-download-package-labels.zip into {root}/archives.
   3. Run: bash scripts/download_ssv2.sh {root}
      It unpacks them, brings the label files to their names, and checks the counts."""
+ROOTS = {"kinetics": Path("data/kinetics400"), "ssv2": Path("data/ssv2")}
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(commands.Preparation):
     """See the module's docstring."""
 
-    root: Path | None = None  # default: data/motion, data/ssv2 or data/kinetics400
-    kind: Literal["ssv2", "kinetics", "folder", "csv"] = "ssv2"  # the layout to check or download
-    tiny: bool = False  # write the composed data set of `composition`
-    composition: Composition = field(default_factory=Composition)
-    sheet: Path | None = None  # with tiny: also write a contact sheet of all classes (PNG) here
-    probe: bool = False  # open every file: slow, finds damaged ones
-    download: bool = False  # Kinetics-400: fetch the mirror's lists and archives; SSv2: say what to request
+    kind: Literal["ssv2", "kinetics", "folder", "csv"] | None = None  # the layout to check or download
+    composition: Composition = field(default_factory=Composition)  # with a preset: what to write
     mirror: str = KINETICS_MIRROR
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")  # of Kinetics-400 to download
-    dry_run: bool = False  # with download: say what would be fetched
-    workers: int = 2  # processes for composing and probing
 
 
-@dataclass(frozen=True)
-class Check:
-    """What a check found: counts by name, and one sentence per problem."""
+def place(arguments: Arguments) -> Path:
+    """The data set's folder. ValueError if nobody says where it is."""
+    root = arguments.root or ROOTS.get(arguments.kind or "")
+    if root is None:
+        raise ValueError(f"say where the videos are: --kind {arguments.kind} --root FOLDER")
+    return root
 
-    counts: dict[str, int]
-    problems: list[str]
+
+def remedy(arguments: Arguments) -> str:
+    """How to get a data set that is not there."""
+    if arguments.kind == "ssv2":
+        return f"Get it with: bash scripts/download_ssv2.sh {place(arguments)}"
+    return (
+        f"Get it with: bash scripts/download_kinetics400.sh {place(arguments)}" if arguments.kind == "kinetics" else ""
+    )
 
 
-def check(data: Data, *, workers: int = 2, open_files: bool = False) -> Check:
+def check(arguments: Arguments) -> Check:
     """Count classes, entries and videos; for Something-Something v2 compare with the official numbers.
 
     Full lists of what is missing or damaged go to missing_<split>.txt and damaged_<split>.txt in the root.
     """
-    root = Path(data.root)
-    file, names = read_class_names(data)
-    counts, problems = {"classes": len(names)}, []
-    data = Data(kind=data.kind, root=root, num_classes=len(names))
-    for split in get_args(Split):
+    root = place(arguments)
+    data = Data(kind=arguments.kind, root=root)
+    try:
+        _, names = read_class_names(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {remedy(arguments)}") from error
+    counts, problems, empty = {"classes": len(names)}, [], []
+    data = replace(data, num_classes=len(names))
+    for split in get_args(Subset):
         source, entries, missing = find_videos(data, split)
         counts[split] = len(entries) + len(missing)
         name_some(
             problems, missing, root / f"missing_{split}.txt", f"{source.name}: of {counts[split]} videos are missing"
         )
-        if open_files:
-            damaged = damaged_videos([entry.path for entry in entries], workers=workers, title=f"opening {split}")
+        damaged: list[str] = []
+        if arguments.probe:
+            paths = [entry.path for entry in entries]
+            damaged = damaged_videos(paths, workers=arguments.workers, title=f"opening {split}")
             name_some(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
+        if len(damaged) == len(entries):
+            empty.append(split)
     if data.kind == "ssv2":
         videos = root / VIDEO_FOLDER
         counts["videos"] = sum(path.suffix in (".webm", ".mp4") for path in videos.iterdir()) if videos.is_dir() else 0
@@ -81,7 +94,7 @@ def check(data: Data, *, workers: int = 2, open_files: bool = False) -> Check:
             for name, expected in SSV2_COUNTS.items():
                 if counts[name] != expected:
                     problems.append(f"{name}: {counts[name]} instead of the official {expected}")
-    return Check(counts, problems)
+    return Check(str(root), counts, problems, empty)
 
 
 def download_kinetics(
@@ -119,54 +132,28 @@ def download_kinetics(
     return handled
 
 
-def compose(root: Path, composition: Composition, *, workers: int = 2) -> None:
+def fetch(arguments: Arguments) -> None:
+    """Kinetics-400: download it; Something-Something v2: say what to request. ValueError for other layouts."""
+    root = place(arguments)
+    if arguments.kind == "kinetics":
+        download_kinetics(root, mirror=arguments.mirror, splits=arguments.splits, dry_run=arguments.dry_run)
+    elif arguments.kind == "ssv2":
+        print(SSV2_LICENCE.format(root=root))
+    else:
+        raise ValueError(f"--download: there is nothing to download for --kind {arguments.kind}")
+
+
+def compose(arguments: Arguments) -> None:
     """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
+    root, composition = arguments.root or Data().root, arguments.composition
     total = composition.num_train + composition.num_validation
     with progress_bar(f"composing {root}", total) as advance:
-        written = write_dataset(root, composition, workers=workers, on_clip=advance)
+        written = write_dataset(root, composition, workers=arguments.workers, on_clip=advance)
     state = "written" if written else "complete already"
     print(f"{root}: {total} clips in {len(composition.templates())} classes, {state}")
-
-
-def main(arguments: Arguments) -> int:
-    """Do what is asked; returns the exit status."""
-    defaults = {"kinetics": Path("data/kinetics400"), "ssv2": Path("data/ssv2")}
-    if arguments.tiny:
-        root = arguments.root or Path("data/motion")
-        compose(root, arguments.composition, workers=arguments.workers)
-        if arguments.sheet is not None:
-            write_contact_sheet(arguments.sheet, arguments.composition)
-        return 0
-    root = arguments.root or defaults.get(arguments.kind)
-    if root is None:
-        raise ValueError(f"say where the videos are: --kind {arguments.kind} --root FOLDER")
-    if arguments.download:
-        if arguments.kind == "kinetics":
-            download_kinetics(root, mirror=arguments.mirror, splits=arguments.splits, dry_run=arguments.dry_run)
-        elif arguments.kind == "ssv2":
-            print(SSV2_LICENCE.format(root=root))
-        else:
-            raise ValueError(f"--download: there is nothing to download for --kind {arguments.kind}")
-        if arguments.dry_run or arguments.kind == "ssv2":
-            return 0
-    try:
-        found = check(Data(kind=arguments.kind, root=root), workers=arguments.workers, open_files=arguments.probe)
-    except FileNotFoundError as error:
-        print(error)
-        if arguments.kind == "ssv2":
-            print(SSV2_LICENCE.format(root=root))
-        return 1
-    print(f"{root}: " + ", ".join(f"{count} {name}" for name, count in found.counts.items()))
-    for problem in found.problems:
-        print(f"  {problem}")
-    print("  complete" if not found.problems else f"  {len(found.problems)} problems")
-    return int(bool(found.problems))
+    if arguments.sheet is not None:
+        write_contact_sheet(arguments.sheet, composition)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        sys.exit(main(tyro.cli(Arguments, description=__doc__.splitlines()[0], config=(tyro.conf.OmitArgPrefixes,))))
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"prepare: {error}")
+    commands.prepare(Arguments, ROWS, compose=compose, check=check, download=fetch)

@@ -3,33 +3,9 @@
 With --plan nothing is trained: the peak memory of a step is predicted and written to results/, status "not run".
 """
 
-from pathlib import Path
-
-from action_recognition.configs import row
-from action_recognition.data import build_loaders
-from action_recognition.evaluate import evaluate
-from action_recognition.head import build_criterion
-from action_recognition.model import build_model, example_batch, without_weights
-from engine.commands import parse_config, run_command
-from engine.training.devices import set_seed
-from engine.training.fit import fit
-from engine.training.plan import plan_row, publish_plan
-
-
-def main(arguments: list[str]) -> None:
-    """Parse, build, fit (or plan)."""
-    plan = "--plan" in arguments
-    config = parse_config(row, [argument for argument in arguments if argument != "--plan"])
-    set_seed(config.run.seed)
-    criterion = build_criterion(num_classes=config.data.num_classes, label_smoothing=config.label_smoothing)
-    if plan:
-        model = build_model(without_weights(config))
-        publish_plan(plan_row(config, model, criterion, lambda: example_batch(config)), Path("results"))
-        return
-    record = fit(config, build_model(config), criterion, build_loaders(config), evaluate)
-    metrics = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
-    print(f"{record.row} seed {record.seed}: {metrics}")
-
+from action_recognition import data, evaluate, model
+from action_recognition.configs import ROWS
+from engine import commands
 
 if __name__ == "__main__":
-    run_command(main)
+    commands.train(ROWS, model, data, evaluate)

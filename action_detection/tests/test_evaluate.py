@@ -29,7 +29,7 @@ from action_detection.evaluate import (
 from action_detection.model import build_model, without_weights
 from action_detection.ops import Window
 from engine.commands import run_command
-from engine.records.record import as_json
+from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.finetuning import apply_method, coefficients
 
@@ -262,7 +262,7 @@ def save(config: Config, folder: Path) -> None:
     model = build_model(without_weights(config))
     apply_method(model.backbone, config.finetuning)
     alpha, beta = coefficients(config.finetuning, 1.0)
-    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
+    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": to_json(config)}
     checkpoint.save(folder, {"model": model.state_dict()}, state)
 
 

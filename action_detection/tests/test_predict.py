@@ -30,7 +30,7 @@ from action_detection.predict import (
 )
 from engine.data import video
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
-from engine.records.record import as_json
+from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.finetuning import coefficients
 
@@ -55,7 +55,7 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
 def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_length(world, tmp_path, capsys):
     config, model, clip = world
     alpha, beta = coefficients(config.finetuning, 1.0)
-    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
+    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": to_json(config)}
     checkpoint.save(tmp_path / "run" / "checkpoint", {"model": model.state_dict()}, state)
     file = config.data.root / ANNOTATIONS
     words = ["--annotations", str(file), "--min-score", "0", "--output", str(tmp_path / "out")]

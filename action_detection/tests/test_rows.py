@@ -7,7 +7,8 @@ import pytest
 from action_detection.configs import FAMILIES, ROWS, Config, row
 from engine.commands import config_of_checkpoint, parse_config
 from engine.config import METHODS
-from engine.records.record import as_json, run_folder
+from engine.records.record import run_folder
+from engine.settings import to_json
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -62,6 +63,6 @@ def test_a_config_survives_the_checkpoint(tmp_path, name, monkeypatch):
     import json
 
     monkeypatch.chdir(tmp_path)
-    state = {"format": 1, "files": {}, "config": as_json(row(name))}
+    state = {"format": 1, "files": {}, "config": to_json(row(name))}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert config_of_checkpoint(tmp_path, Config) == row(name)

@@ -13,7 +13,7 @@ from action_recognition.evaluate import load_recognizer
 from action_recognition.model import build_model, without_weights
 from action_recognition.predict import annotate, classify, draw_contact_sheet, predict
 from engine.data.video import BrokenVideo, probe
-from engine.records.record import as_json
+from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.finetuning import apply_method, coefficients
 
@@ -37,7 +37,7 @@ def save(config: Config, folder: Path) -> None:
     model = build_model(config)
     apply_method(model.backbone, config.finetuning)
     alpha, beta = coefficients(config.finetuning, 1.0)
-    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": as_json(config)}
+    state = {"alpha": alpha, "beta": beta, "row": config.row, "config": to_json(config)}
     checkpoint.save(folder, {"model": model.state_dict()}, state)
 
 

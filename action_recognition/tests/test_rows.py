@@ -7,7 +7,8 @@ import pytest
 from action_recognition.configs import FAMILIES, ROWS, SCHEDULES, Config, row
 from engine.commands import config_of_checkpoint, parse_config
 from engine.config import METHODS
-from engine.records.record import as_json, run_folder
+from engine.records.record import run_folder
+from engine.settings import to_json
 from engine.training.finetuning import coefficients
 
 
@@ -115,7 +116,7 @@ def test_a_config_survives_the_checkpoint(tmp_path, name, monkeypatch):
     import json
 
     monkeypatch.chdir(tmp_path)
-    state = {"format": 1, "files": {}, "config": as_json(row(name))}
+    state = {"format": 1, "files": {}, "config": to_json(row(name))}
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert config_of_checkpoint(tmp_path, Config) == row(name)
     del state["config"]["data"]["root"]

@@ -9,6 +9,7 @@ from action_recognition import table_schedule
 from action_recognition.configs import row
 from engine.config import Finetuning
 from engine.records import record as results
+from engine.settings import to_json
 
 MIB = 2**20
 
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
         run = replace(first, row=name, method=config.finetuning.method, guard=[] if place == 0 else errors)
         run = replace(run, memory={**first.memory, "peak": (500 + place) * MIB})
         for seed in (0, 1, 2):
-            settings = results.as_json(replace(config, run=replace(config.run, seed=seed)))
+            settings = to_json(replace(config, run=replace(config.run, seed=seed)))
             records.append(replace(run, seed=seed, config=settings, metrics={"top1": 70.0 + place + 2 * seed}))
     results.publish(records, tmp_path)
     return tmp_path

@@ -1,50 +1,224 @@
-"""From a command line, or from a checkpoint, to a row's Config. The same for every task.
+"""The four commands of every task: train, evaluate, predict, prepare. A task's file ends in one line over each.
 
-    python -m <task>.train ROW [--method dr2net] [--seed 1] [--any.field value ...]
+    python -m <task>.train ROW [--method dr2net] [--seed 1] [--plan] [--any.field value ...]
+    python -m <task>.evaluate RUN [--root DATA] [--device cpu]           # torchrun shares the samples out
+    python -m <task>.predict RUN INPUT [--output FOLDER]
+    python -m <task>.prepare [--preset tiny] [--kind K --root DATA --probe]
 
 `--method` picks the same row with another finetuning method, name included; `--seed` is short for `--run.seed`. Every
-other field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them. The rows
-stand in <task>/configs.py.
+other field of the Config has its own flag, which tyro makes from the dataclasses: `... ROW --help` lists them. What a
+user can mend is one line and exit code 1; anything else is a fault of the program and keeps its traceback.
 """
 
 import argparse
-import dataclasses
-import difflib
 import sys
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from engine.config import METHODS
+import torch
+import tyro
+
+from engine.config import METHODS, Config, Preset, Split
+from engine.data.check import Check
+from engine.data.loader import build_loader
+from engine.data.workers import tracked
+from engine.rows import find_row, rows_of_preset, with_method
+from engine.settings import Count, Settings, from_json
+from engine.task import DataFile, EvaluateFile, Model, ModelFile
 from engine.training.checkpoint import read_state
+from engine.training.devices import build_accelerator, set_seed
+from engine.training.evaluation import collect_rows, score_once
+from engine.training.finetuning import autocast, load_trained
+from engine.training.fit import build_loaders, fit
+from engine.training.plan import plan_row, publish_plan
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Config)
+P = TypeVar("P", bound="Prediction")
+Q = TypeVar("Q", bound="Preparation")
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowError)
+Device = Literal["auto", "cpu", "cuda"]
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
-    """Run `main` on the command line's words. What a user gave wrong (ValueError, a missing file) is one line and exit
-    code 1; anything else is a fault of the program and keeps its traceback.
-    """
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main` on the command line's words. What a user can mend is one line and exit code 1."""
     try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(main(sys.argv[1:]))
+    except USER_ERRORS as error:
+        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def parse_config(row: Callable[[str], C], arguments: Sequence[str]) -> C:
-    """The Config that `arguments` (without the program's name) ask for; row: name -> Config.
+def train(
+    rows: Mapping[str, Callable[[], C]], model: ModelFile[C], data: DataFile[C], evaluate: EvaluateFile[C]
+) -> None:
+    """Train a row, or with --plan predict the memory of its step and write that to results/, status "not run"."""
 
-    Exits with usage on unknown flags, ValueError for an unknown row.
+    def main(words: list[str]) -> None:
+        config = parse_config(rows, [word for word in words if word != "--plan"])
+        set_seed(config.run.seed)
+        if "--plan" in words:
+            planned = model.build_model(config, pretrained=False)
+            publish_plan(plan_row(config, planned, lambda: model.example_batch(config)), Path("results"))
+            return
+        record = fit(config, model.build_model(config), build_loaders(config, data), evaluate)
+        print(f"{record.row} seed {record.seed}: {_in_words(record.metrics)}")
+
+    run_command(main)
+
+
+def evaluate(
+    config_type: type[C], model: ModelFile[C], data: DataFile[C], evaluate: EvaluateFile[C], split: Split = "test"
+) -> None:
+    """Score a trained run on its validation samples and write its predictions into the run's folder."""
+
+    @dataclass(frozen=True)
+    class Arguments(Settings):
+        run: tyro.conf.Positional[Path]  # a run's folder, or a checkpoint folder
+        root: Path | None = None  # the data set's folder, if it has moved since training
+        device: Device = "auto"
+
+    def main(words: list[str]) -> None:
+        arguments = _parse(Arguments, words)
+        config, network = load_run(arguments.run, config_type, model, root=arguments.root)
+        accelerator = build_accelerator(arguments.device, config.optimization.precision)
+        network.to(accelerator.device)
+        truth = evaluate.read_truth(config)
+        loader = build_loader(
+            data.build_dataset(config, split),
+            batch_size=config.run.evaluation_batch or config.run.micro_batch,
+            seed=config.run.seed,
+            train=False,
+            num_workers=config.run.num_workers,
+            collate=data.collate,
+        )
+        with autocast(config.optimization.precision, accelerator.device):
+            found = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
+        metrics = score_once(config, found, truth, evaluate)
+        if accelerator.is_main_process:
+            print(f"{config.row} seed {config.run.seed}: {_in_words(metrics)}")
+            print(evaluate.write(arguments.run, found, truth, config))
+
+    run_command(main)
+
+
+@dataclass(frozen=True)
+class Prediction(Settings):
+    """What `predict` is asked for; a task may add fields."""
+
+    run: tyro.conf.Positional[Path]  # a run's folder, or a checkpoint folder
+    input: tyro.conf.Positional[Path]  # a file, or where a task says so a folder
+    root: Path | None = None  # the data set's folder with the class names, if it has moved
+    output: Path = Path("predictions")  # folder for what is written
+    device: Device = "auto"
+
+
+def predict(
+    config_type: type[C],
+    model: ModelFile[C],
+    predict: Callable[[C, Model, P], Iterable[Path]],
+    arguments_type: type[P] = Prediction,  # type: ignore[assignment]
+) -> None:
+    """Apply a trained run to a user's file; prints the paths of what it wrote.
+
+    predict(config, model, arguments) is called without gradients, with the model in eval mode on its device.
     """
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError("the command line needs tyro: pip install 'dr2net[training]'") from error
 
+    def main(words: list[str]) -> None:
+        arguments = _parse(arguments_type, words)
+        if not arguments.input.exists():
+            raise FileNotFoundError(f"{arguments.input}: no such file")
+        config, network = load_run(arguments.run, config_type, model, root=arguments.root)
+        network.to(build_accelerator(arguments.device, config.optimization.precision).device)
+        with torch.no_grad():
+            for path in predict(config, network, arguments):
+                print(path)
+
+    run_command(main)
+
+
+@dataclass(frozen=True)
+class Preparation(Settings):
+    """What `prepare` is asked for; a task names its kinds and may add fields."""
+
+    preset: Preset | None = None  # make the data of this preset's rows; of paper: check what their rows need
+    kind: str | None = None  # the layout to check or download
+    root: Path | None = None  # the data set's folder; default: that of the rows
+    probe: bool = False  # open every file: slow, finds damaged ones
+    download: bool = False  # fetch what can be fetched, say what to request
+    dry_run: bool = False  # with download: say what would be fetched
+    sheet: Path | None = None  # with a preset: also write a contact sheet of the data (PNG) here
+    on_broken: Literal["raise", "skip"] = "raise"  # what missing and damaged files mean for the exit status
+    lists: Path | None = None  # folder for the full lists of what is missing or damaged
+    workers: Count = 2  # processes
+
+
+def prepare(
+    arguments_type: type[Q],
+    rows: Mapping[str, Callable[[], Any]],
+    *,
+    compose: Callable[[Q], None],
+    check: Callable[[Q], Check],
+    download: Callable[[Q], None],
+) -> None:
+    """Compose, download or check data. The exit status is 0 only if everything is there (`Check.failed`)."""
+
+    def main(words: list[str]) -> int:
+        arguments = _parse(arguments_type, words)
+        if arguments.preset in ("tiny", "laptop"):
+            compose(arguments)
+            return 0
+        wanted = [arguments]
+        if arguments.preset == "paper":
+            sources = {(c.data.kind, c.data.root): None for c in rows_of_preset(rows, "paper")}
+            wanted = [replace(arguments, kind=kind, root=root) for kind, root in sources]
+        elif arguments.kind is None:
+            raise ValueError("say what to prepare: --preset tiny, or --kind and --root of a data set (--help)")
+        failed = False
+        for one in wanted:
+            if arguments.download:
+                download(one)
+                if arguments.dry_run:
+                    continue
+            found = check(one)
+            found.report()
+            failed |= found.failed(arguments.on_broken)
+        return int(failed)
+
+    run_command(main)
+
+
+def load_run(run: Path, config_type: type[C], model: ModelFile[C], *, root: Path | None = None) -> tuple[C, Model]:
+    """The Config and the trained network, in eval mode on the CPU, of a run's or a checkpoint's folder.
+
+    root: where the data set is now. FileNotFoundError or ValueError, with the remedy, if it cannot be used.
+    """
+    folder = run / "checkpoint" if (run / "checkpoint").is_dir() else run
+    config = config_of_checkpoint(folder, config_type)
+    network = model.build_model(config, pretrained=False)
+    load_trained(network, config.finetuning, folder)
+    if root is not None:
+        config = replace(config, data=replace(config.data, root=root))  # type: ignore[attr-defined]
+    return config, network
+
+
+def config_of_checkpoint(folder: Path, kind: type[C]) -> C:
+    """The Config with which a checkpoint was trained. FileNotFoundError if none, ValueError if of another task."""
+    state = read_state(folder)
+    try:
+        return from_json(kind, state["config"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: its configuration is not one of this task in this version ({error})") from error
+
+
+def parse_config(rows: Mapping[str, Callable[[], C]], arguments: Sequence[str]) -> C:
+    """The Config that `arguments` (without the program's name) ask for.
+
+    Exits with usage on unknown flags, ValueError for an unknown row or a value out of range.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
+        print("Rows:", ", ".join(rows))
         raise SystemExit(0 if arguments else 2)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("row")
@@ -56,55 +230,19 @@ def parse_config(row: Callable[[str], C], arguments: Sequence[str]) -> C:
         name = with_method(name, short.method)
     if short.seed is not None:
         rest += ["--run.seed", str(short.seed)]
-    config = row(name)
-    parsed = tyro.cli(type(config), default=config, args=rest, prog=f"ROW = {name}; flags")
+    config = find_row(rows, name)
+    parsed = tyro.cli(
+        type(config), default=config, args=rest, prog=f"train {name}", config=(tyro.conf.AvoidSubcommands,)
+    )
     if (parsed.row, parsed.finetuning.method) != (config.row, config.finetuning.method):
         raise ValueError("a row's name says its method: change them with `ROW --method METHOD`, not field by field")
     return parsed
 
 
-def find_row(rows: Mapping[str, Callable[[], C]], name: str) -> C:
-    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
-    if name not in rows:
-        near = difflib.get_close_matches(name, rows, n=3, cutoff=0.3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(rows))}"
-        raise ValueError(f"no row {name!r}; {hint}")
-    return rows[name]()
+def _parse(kind: type[Any], words: list[str]) -> Any:
+    """The dataclass `kind` of a command line."""
+    return tyro.cli(kind, args=words, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def with_method(name: str, method: str) -> str:
-    """The name of the row that differs only in its finetuning method; ValueError if `name` does not end in a method."""
-    base, _, own = name.rpartition("_")
-    if own not in METHODS:
-        raise ValueError(f"row {name!r} has no other method: only rows whose name ends in {', '.join(METHODS)} have")
-    return f"{base}_{method}"
-
-
-def config_of_checkpoint(folder: Path, kind: type[C]) -> C:
-    """The Config with which a checkpoint was trained. FileNotFoundError if none, ValueError if of another task."""
-    state = read_state(folder)
-    try:
-        return _from_json(kind, state["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: its configuration is not one of this task in this version ({error})") from error
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    """Rebuild dataclasses, paths and tuples, which JSON keeps as objects, strings and lists; other keys raise."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        names = {field.name for field in dataclasses.fields(kind)}
-        if set(value) != names:
-            raise ValueError(f"{kind.__name__} has other fields: {sorted(set(value) ^ names)}")
-        return kind(**{name: _from_json(hints[name], value[name]) for name in names})
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in inner:
-            return None
-        return _from_json(next(option for option in inner if option is not type(None)), value)
-    if kind is Path:
-        return Path(value)
-    if origin is tuple:
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(_from_json(item_kind, item) for item_kind, item in zip(kinds, value, strict=True))
-    return value
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())

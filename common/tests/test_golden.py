@@ -7,64 +7,55 @@ are drawn from seed 0. A move of code leaves every number; a change of numbers s
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dr2net import memory
-from engine.config import METHODS
+from engine.config import METHODS, Config
+from engine.rows import find_row
+from engine.task import Batch, Model
 from engine.training.devices import set_seed
-from engine.training.finetuning import apply_method, coefficients, set_mode
+from engine.training.finetuning import apply_method, set_coefficients, set_mode
 from engine.training.optimization import build_optimizer, set_learning_rate
 
 FILE = Path(__file__).with_name("golden.json")
-FAMILIES = ("motion_tiny", "untrimmed_tiny")
+FAMILIES = {"motion_tiny": "action_recognition", "untrimmed_tiny": "action_detection"}
 NUM_STEPS = 5
 SAME = 1e-5  # relative; kernels of another processor add in another order
 
 
-def build(name: str) -> tuple[Any, nn.Module, Any, list[dict]]:
-    """Config, model, losses(outputs, batch) and five batches of a row."""
-    rng = np.random.default_rng(0)
-    if name.startswith("motion"):
-        from action_recognition.configs import row
-        from action_recognition.head import build_criterion
-        from action_recognition.model import build_model, example_batch
-
-        config = row(name)
-        losses = build_criterion(num_classes=config.data.num_classes, label_smoothing=config.label_smoothing)
-    else:
-        from action_detection.configs import row
-        from action_detection.model import build_model, example_batch
-
-        config = row(name)
-        losses = None
+def build(name: str) -> tuple[Config, Model, list[Batch]]:
+    """Config, model and five batches of a row."""
+    task = next(task for family, task in FAMILIES.items() if name.startswith(family))
+    configs, models = (import_module(f"{task}.{module}") for module in ("configs", "model"))
+    config = find_row(configs.ROWS, name)
     set_seed(0)
-    model = build_model(config)
-    batches = []
+    model = models.build_model(config)
+    rng, batches = np.random.default_rng(0), []
     for _ in range(NUM_STEPS):
-        batch = example_batch(config)
+        batch = models.example_batch(config)
         batch["video"] = torch.from_numpy(rng.standard_normal(batch["video"].shape, dtype=np.float32))
         if "label" in batch:
             batch["label"] = torch.from_numpy(rng.integers(0, config.data.num_classes, len(batch["label"])))
         batches.append(batch)
-    return config, model, losses or model.head.losses, batches
+    return config, model, batches
 
 
 def five_steps(name: str) -> dict[str, Any]:
-    """Loss and gradient norms of each step, and the peak in bytes of the second."""
-    config, model, losses, batches = build(name)
-    apply_method(model.backbone, config.finetuning)
+    """Loss and gradient norm of each step, and the peak in bytes of the second."""
+    config, model, batches = build(name)
+    apply_method(model, config.finetuning)
     optimizer = build_optimizer(model, config.optimization)
     found: dict[str, Any] = {"loss": [], "gradient": [], "peak": 0}
 
     def step(index: int) -> None:
         batch = {key: value.clone() if hasattr(value, "clone") else value for key, value in batches[index].items()}
-        value = sum(losses(model(batch), batch).values())
+        value = sum(model.losses(model(batch), batch).values())
         value.backward()
         found["loss"].append(value.item())
         squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
@@ -75,11 +66,7 @@ def five_steps(name: str) -> dict[str, Any]:
     for index in range(NUM_STEPS):
         set_seed(0, 1 + index)
         set_mode(model, config.finetuning)
-        alpha, beta = coefficients(config.finetuning, index / NUM_STEPS)
-        if alpha is not None:
-            import dr2net
-
-            dr2net.set_coefficients(model.backbone, alpha, beta)
+        set_coefficients(model, config.finetuning, index / NUM_STEPS)
         set_learning_rate(optimizer, 1e-4)
         if index == 1:
             found["peak"] = memory.measure(lambda: step(1), model, optimizer).peak

@@ -22,10 +22,10 @@ MAX_LINES = 400
 ENGINE = ROOT / "common" / "engine"
 # Inside the engine a part imports the parts before it, and its own.
 LAYERS = (
-    ("config", "weights", "data", "synthetic", "visual", "detr"),
+    ("config", "settings", "task", "weights", "data", "synthetic", "visual", "detr"),
     ("backbones", "records"),
     ("training",),
-    ("task", "rows", "commands"),
+    ("rows", "commands"),
 )
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 

@@ -1,8 +1,8 @@
 """From a dataset to batches whose content is a pure function of (seed, epoch, position).
 
-The sampler hands the dataset keys `(index, draw)`. `draw` is an integer seed derived from (seed, epoch, position), and
+The sampler hands the dataset keys `(index, sample seed)`. The sample seed is derived from (seed, epoch, position), and
 the dataset draws all its randomness from generators made of it. So neither the number of workers, nor the number of
-devices, nor an interruption in the middle of an epoch changes a sample. In validation `draw` is 0 and the order is the
+devices, nor an interruption in the middle of an epoch changes a sample. In validation it is 0 and the order is the
 dataset's.
 
 Not here: transforms, decoding, datasets. They belong to the tasks.
@@ -12,23 +12,17 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
+from engine.task import KeyedDataset
+
 Row = TypeVar("Row")
 Key = tuple[int, int]
-
-
-class KeyedDataset(Protocol):
-    """What `build_loader` needs: a length, and items by (index, draw)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Key) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,10 @@ class KeyBatches(Sampler[list[Key]]):
         for k in range(self.first, self.last):
             start = (k * self.world + self.rank) * self.batch_size
             positions = range(start, start + self.batch_size)
-            yield [(int(order[position]), draw_seed(self.seed, self.epoch, position)) for position in positions]
+            yield [(int(order[position]), sample_seed(self.seed, self.epoch, position)) for position in positions]
 
 
-def draw_seed(seed: int, epoch: int, position: int) -> int:
+def sample_seed(seed: int, epoch: int, position: int) -> int:
     """The seed of one sample's randomness, in [0, 2^63)."""
     return int(np.random.SeedSequence([seed, epoch, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -91,7 +85,7 @@ def build_loader(
     num_workers: int,
     collate: Callable[[list[Any]], dict[str, Any]],
 ) -> DataLoader:
-    """A DataLoader over `(index, draw)` keys; `batch_size` is per device and forward (`run.micro_batch`).
+    """A DataLoader over `(index, seed)` keys; `batch_size` is per device and forward (`run.micro_batch`).
 
     Raises ValueError for an empty dataset or a batch size below 1.
     """
@@ -156,18 +150,32 @@ def gather(rows: Sequence[Row]) -> list[Row]:
     return [row for share in shares for row in share]
 
 
-class Timed:
-    """An iterator that adds up the seconds its consumer waits for items."""
+class StepBatches:
+    """The micro-batches of one step, to be iterated once; `seconds` adds up how long they were waited for."""
 
-    def __init__(self, source: Iterator[dict[str, Any]]) -> None:
-        self.source, self.seconds = source, 0.0
+    def __init__(self, source: Iterator[dict[str, Any]], count: int) -> None:
+        self.source, self.count, self.seconds = source, count, 0.0
 
-    def __iter__(self) -> "Timed":
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        started = time.perf_counter()
-        try:
-            return next(self.source)
-        finally:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.count):
+            started = time.perf_counter()
+            batch = next(self.source)
             self.seconds += time.perf_counter() - started
+            yield batch
+
+
+def steps_of(
+    loader: DataLoader, first: int, last: int, steps_per_epoch: int, accumulation: int, rank: int, world: int
+) -> Iterator[tuple[int, StepBatches]]:
+    """(number, micro-batches) of the optimizer steps first ... last - 1, from epoch to epoch, for this process."""
+    number = first
+    while number < last:
+        epoch, start = divmod(number, steps_per_epoch)
+        stop = min(steps_per_epoch, last - epoch * steps_per_epoch)
+        key_batches(loader).place(
+            epoch=epoch, rank=rank, world=world, first=start * accumulation, last=stop * accumulation
+        )
+        source = iter(loader)
+        for _ in range(start, stop):
+            yield number, StepBatches(source, accumulation)
+            number += 1

@@ -11,11 +11,12 @@ tables, figures, and the command that publishes runs (`tables.py`).
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.records.provenance import command_line, commit, sources_hash, versions
+from engine.settings import to_json
 
 Status = Literal["reproduced", "partial", "tiny", "not run"]
 SHARED = ("row", "task", "method", "preset")  # facts that all runs of a row have in common
@@ -80,7 +81,7 @@ def build_record(
         seconds=seconds,
         guard=guard,
         curve=curve,
-        config=as_json(config),
+        config=to_json(config),
         command=command_line(),
         commit=commit(),
         sources=sources_hash(task),
@@ -105,7 +106,7 @@ def finished_record(config: Any, folder: Path | None = None) -> Record | None:
     if not path.exists():
         return None
     record = read_record(path)
-    same = _essential(record.config) == _essential(as_json(config)) and record.sources == sources_hash(task_of(config))
+    same = _essential(record.config) == _essential(to_json(config)) and record.sources == sources_hash(task_of(config))
     return record if same else None
 
 
@@ -167,7 +168,7 @@ def read_runs(task: str, runs: Path = Path("runs")) -> list[Record]:
 
 def refuse_other_recipe(theirs: dict[str, Any], config: Any, source: Path) -> None:
     """ValueError naming the settings in which a checkpoint's config differs, other than where and how it runs."""
-    ours, theirs = _flatten(_recipe(as_json(config), seed=True)), _flatten(_recipe(theirs, seed=True))
+    ours, theirs = _flatten(_recipe(to_json(config), seed=True)), _flatten(_recipe(theirs, seed=True))
     changed = [
         f"{key}: {theirs[key] if key in theirs else 'absent'} -> {ours[key] if key in ours else 'absent'}"
         for key in sorted(ours.keys() | theirs.keys())
@@ -176,25 +177,8 @@ def refuse_other_recipe(theirs: dict[str, Any], config: Any, source: Path) -> No
     if changed:
         raise ValueError(
             f"{source} was trained with other settings ({'; '.join(changed)}). "
-            "Give another --run.output, or --no-run.resume (run.resume = False) to begin anew over it"
+            "Give another --run.output, or --run.no-resume to begin anew over it"
         )
-
-
-def as_json(value: Any) -> Any:
-    """A config as JSON values: paths below the working folder become relative, tuples lists."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Path):
-        return os.path.relpath(value) if value.is_absolute() and value.is_relative_to(Path.cwd()) else str(value)
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(
-        f"a config may not hold {value!r} of type {type(value).__name__}; use numbers, words, paths, tuples"
-    )
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

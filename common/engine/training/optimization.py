@@ -1,10 +1,10 @@
-"""The recipe as functions: learning rate of progress, parameter groups, optimizer in backward, averaged weights. No
-state but the averages.
+"""The recipe as functions: learning rate of progress, parameter groups, optimizer in backward. No state.
 
-    learning rate(p) = base * p / w                                        p < w, warm-up
-                     = min + (base - min) (1 + cos(pi (p - w) / (1 - w))) / 2   after it
+    learning rate(p) = base * p / w                                               p < w, warm-up
+                     = min + (base - min) (1 + cos(pi (p - w) / (1 - w))) / 2     after it, cosine
+                     = base * drop_factor ** (number of drops <= p)               after it, steps
 
-with progress p in [0, 1] and w the warm-up's share of the training.
+with progress p in [0, 1] and w the warm-up's share of the training. Not here: averaged weights (`ema.py`).
 """
 
 import math
@@ -15,42 +15,49 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Optimization
+from engine.task import Model
 from engine.weights import fitted
 
 
 def learning_rate(progress: float, recipe: Optimization) -> float:
-    """Learning rate of the head and last layer at `progress` in [0, 1], before layer decay."""
+    """Learning rate of the head and last layer at `progress` in [0, 1], before layer decay and multipliers."""
     warmup = min(recipe.warmup_epochs / recipe.epochs, 1.0)
     if progress < warmup:
         return recipe.learning_rate * progress / warmup
+    if recipe.decay == "steps":
+        return recipe.learning_rate * recipe.drop_factor ** sum(progress >= drop for drop in recipe.drops)
     share = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
     floor = min(recipe.min_learning_rate, recipe.learning_rate)
     return floor + (recipe.learning_rate - floor) * (1 + math.cos(math.pi * share)) / 2
 
 
-def parameter_groups(model: nn.Module, recipe: Optimization) -> list[dict]:
+def parameter_groups(model: Model, recipe: Optimization) -> list[dict]:
     """Groups for AdamW by (learning rate scale, weight decay), of the parameters that train.
 
-    `scale` of a parameter in layer l is layer_decay ** (num_layers - l), times `backbone_multiplier` inside
-    `model.backbone`. Vectors and scalars (biases, norms, layer scale) get no weight decay.
-    Raises ValueError when nothing trains.
+    `scale` of a parameter in layer l is layer_decay ** (num_layers - l), times the multiplier of the longest prefix in
+    `multipliers` that its name begins with. Vectors and scalars (biases, norms, layer scale) get no weight decay unless
+    `decay_vectors`. Raises ValueError when nothing trains, or a prefix fits no parameter.
     """
-    backbone = {id(parameter) for parameter in model.backbone.parameters()}
     groups: dict[tuple[float, float], list[Tensor]] = {}
+    names = [name for name, _ in model.named_parameters()]
+    unused = [prefix for prefix in recipe.multipliers if not any(name.startswith(prefix) for name in names)]
+    if unused:
+        raise ValueError(f"--optimization.multipliers: no parameter's name begins with {', '.join(unused)}")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = recipe.layer_decay ** (model.num_layers - model.layer_of(name)) if recipe.layer_decay != 1 else 1.0
-        if id(parameter) in backbone:
-            scale *= recipe.backbone_multiplier
-        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        prefix = max((p for p in recipe.multipliers if name.startswith(p)), key=len, default=None)
+        if prefix is not None:
+            scale *= recipe.multipliers[prefix]
+        decay = recipe.weight_decay if parameter.ndim > 1 or recipe.decay_vectors else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
     return [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
 
 
-def build_optimizer(model: nn.Module, recipe: Optimization) -> torch.optim.AdamW:
+def build_optimizer(model: Model, recipe: Optimization) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; `set_learning_rate` gives it its rate before each step."""
     return torch.optim.AdamW(parameter_groups(model, recipe), lr=0.0, betas=recipe.betas)
 
@@ -64,7 +71,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def refuse_in_backward(recipe: Optimization, accumulation: int, world: int) -> None:
     """ValueError where a step needs all gradients before it changes the first parameter."""
     obstacles = {
-        f"optimization.clip_norm {recipe.clip_norm:g} needs the norm of all gradients": recipe.clip_norm > 0,
+        f"optimization.clip_norm {recipe.clip_norm} needs the norm of all gradients": recipe.clip_norm is not None,
         "optimization.precision fp16 looks for overflows in all gradients": recipe.precision == "fp16",
         f"{accumulation} accumulated forward passes add up their gradients": accumulation > 1,
         f"{world} processes average their gradients": world > 1,
@@ -128,35 +135,3 @@ def restore_optimizer(
     for key, value in fitted(own, tensors, f"{source}, the optimizer").items():
         name, slot = key.rsplit("/", 1)
         optimizer.state[parameters[name]][slot] = value.to(own[key].device)
-
-
-class Averages:
-    """Exponential moving average of the parameters that train: e <- d e + (1 - d) p after each step.
-
-    The decay d grows to `decay` as (1 + n) / (10 + n) over the first updates n, so that a short run is not dominated by
-    its start. `tensors` is what a checkpoint stores.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.tensors = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, num_updates: int) -> None:
-        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange averages and weights in place, bitwise; call twice around an evaluation."""
-        for name, parameter in self.parameters.items():
-            current = parameter.detach().clone()
-            parameter.copy_(self.tensors[name])
-            self.tensors[name].copy_(current)
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Take averages from a checkpoint; ValueError where they are not those of this model, or not finite."""
-        for name, value in fitted(self.tensors, tensors, f"{source}, the averages").items():
-            self.tensors[name].copy_(value)

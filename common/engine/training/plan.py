@@ -1,6 +1,6 @@
 """The memory of a row that cannot run here: one training step on fake tensors, as a Record of status "not run".
 
-    record = plan_row(config, model, criterion, lambda: example_batch(config))
+    record = plan_row(config, model, lambda: example_batch(config))
     publish_plan(record, Path("results"))
 
 Predicted for one device, one forward of `run.micro_batch`, in the row's precision and at its first coefficients. Not
@@ -12,23 +12,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
 
 from dr2net import memory
+from engine.config import Config
 from engine.records.record import Record, build_record, publish, read_row
+from engine.task import Batch, Model
 from engine.training.finetuning import apply_method, autocast, set_mode
 from engine.training.optimization import build_optimizer, step_in_backward
 
-Batch = dict[str, Any]
 
-
-def plan_row(
-    config: Any, model: nn.Module, criterion: Callable[[Any, Batch], dict[str, Tensor]], make_batch: Callable[[], Batch]
-) -> Record:
+def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> Record:
     """Predict the peak memory of a training step of a freshly built model; make_batch is called under fake tensors."""
-    apply_method(model.backbone, config.finetuning)
+    apply_method(model, config.finetuning)
     set_mode(model, config.finetuning)
     optimizer = build_optimizer(model, config.optimization)
 
@@ -37,7 +32,7 @@ def plan_row(
         with autocast(config.optimization.precision, "cpu"):
             outputs = model(batch)
         with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
-            sum(criterion(outputs, batch).values()).backward()
+            sum(model.losses(outputs, batch).values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy_training import Points, collate
 
-from engine.data.loader import KeyBatches, build_loader, draw_seed, gather, key_batches, to_device
+from engine.data.loader import KeyBatches, build_loader, gather, key_batches, sample_seed, to_device
 
 
 def keys(batches: KeyBatches, **place: int) -> list[tuple[int, int]]:
@@ -21,7 +21,7 @@ def test_one_epoch_visits_every_sample_once_and_epochs_differ():
 
 
 def test_draws_differ_between_samples_epochs_and_seeds():
-    draws = {draw_seed(seed, epoch, position) for seed in range(3) for epoch in range(3) for position in range(20)}
+    draws = {sample_seed(seed, epoch, position) for seed in range(3) for epoch in range(3) for position in range(20)}
     assert len(draws) == 180
     assert all(0 <= draw < 2**63 for draw in draws)
 

@@ -1,0 +1,178 @@
+"""The rows of a task's table: plain functions that return a Config, found by name, run and published as one command.
+
+    ROWS = rows_of(motion_tiny, motion_vits)            # each function times each method: motion_tiny_dr2net, ...
+    python -m engine.rows action_recognition --preset tiny [--seeds 0 1] [--dry-run]
+
+The command is behind scripts/reproduce.sh and scripts/table_<task>.sh: it prepares the data, trains what this very code
+and configuration have not trained yet (paper rows are planned instead, unless --train), publishes the Records and ends
+with the tables of these rows and their figures.
+"""
+
+import difflib
+import importlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from engine.config import METHODS, Config, Method, Preset
+from engine.records.record import is_finished, publish, read_records, read_runs
+from engine.records.tables import print_table, write_all
+
+C = TypeVar("C", bound=Config)
+SEEDS: dict[Preset, tuple[int, ...]] = {"tiny": (0,), "laptop": (0, 1), "paper": (0,)}
+
+
+def rows_of(*families: Callable[[Method], C], **variants: Callable[[], C]) -> dict[str, Callable[[], C]]:
+    """Rows by name: `<family>_<method>` for each family and method, and variants under their own names.
+
+    A family is a function of the method; its Config gets the row's name. ValueError, when the row is built, for a
+    family that ignores its method; at once for two rows of one name.
+    """
+    rows: dict[str, Callable[[], C]] = {}
+    for family in families:
+        for method in METHODS:
+            name = f"{family.__name__}_{method}"
+            if name in rows:
+                raise ValueError(f"two rows are named {name}")
+            rows[name] = partial(_named, name, partial(family, method), method)
+    for name, build in variants.items():
+        if name in rows:
+            raise ValueError(f"two rows are named {name}")
+        rows[name] = partial(_named, name, build, None)
+    return rows
+
+
+def _named(name: str, build: Callable[[], C], method: Method | None) -> C:
+    config = build()
+    if method is not None and config.finetuning.method != method:
+        raise ValueError(f"row {name} finetunes by {config.finetuning.method}: pass `method` on to Finetuning")
+    return replace(config, row=name)
+
+
+def find_row(rows: Mapping[str, Callable[[], C]], name: str) -> C:
+    """The configuration of a table row. ValueError, naming the nearest rows, for an unknown name."""
+    if name not in rows:
+        near = difflib.get_close_matches(name, rows, n=3, cutoff=0.3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the rows are {', '.join(sorted(rows))}"
+        raise ValueError(f"no row {name!r}; {hint}")
+    return rows[name]()
+
+
+def with_method(name: str, method: str) -> str:
+    """The name of the row that differs only in its finetuning method; ValueError if `name` does not end in a method."""
+    own = next((known for known in sorted(METHODS, key=len, reverse=True) if name.endswith(f"_{known}")), None)
+    if own is None:
+        raise ValueError(f"row {name!r} has no other method: only rows whose name ends in {', '.join(METHODS)} have")
+    return f"{name.removesuffix(own)}{method}"
+
+
+def rows_of_preset(rows: Mapping[str, Callable[[], C]], preset: Preset) -> list[C]:
+    """The rows of a preset in their order, variants aside."""
+    found = [build() for build in rows.values()]
+    return [config for config in found if config.preset == preset and config.row.endswith(config.finetuning.method)]
+
+
+def task_configs(task: str) -> ModuleType:
+    """<task>/configs.py; ValueError if there is no such task."""
+    try:
+        return importlib.import_module(f"{task}.configs")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no task {task!r} here (run from the root of the repository): {error}") from error
+
+
+def run_rows(
+    task: str,
+    configs: Sequence[C],
+    *,
+    seeds: Sequence[int],
+    train: bool = True,
+    dry_run: bool = False,
+    results: Path = Path("results"),
+) -> None:
+    """Train each row with each seed unless it is finished, or plan it; publish; print tables, figures and the time.
+
+    Rows run in processes of their own, seed by seed, so that an interrupted run has whole tables of the first seeds.
+    CalledProcessError if one fails.
+    """
+    started = time.monotonic()
+    for seed in seeds:
+        for config in configs:
+            own = replace(config, run=replace(config.run, seed=seed))
+            words = [sys.executable, "-m", f"{task}.train", config.row]
+            if not train:
+                if (results / task / f"{config.row}.json").exists():
+                    print(
+                        f"{config.row}: there already, skipped (delete results/{task}/{config.row}.json to plan anew)"
+                    )
+                    continue
+                words += ["--plan"]
+            elif is_finished(own):
+                print(f"{config.row} seed {seed}: finished, skipped")
+                continue
+            else:
+                words += ["--seed", str(seed)]
+            print("+", shlex.join(["python", *words[1:]]), flush=True)
+            if not dry_run:
+                subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+    if dry_run:
+        return
+    names = {config.row for config in configs}
+    if train:
+        publish([record for record in read_runs(task) if record.row in names], results)
+    written = write_all(results)
+    print_table([record for record in read_records(task, results) if record.row in names])
+    groups = {config.row.removesuffix(f"_{config.finetuning.method}") for config in configs}
+    for path in written:
+        if path.suffix == ".md" or path.stem in groups:
+            print(path)
+    print(f"{task}: {len(configs)} rows in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def main() -> None:
+    """The command line of this module."""
+    import tyro
+
+    def run(
+        task: tyro.conf.Positional[str],
+        preset: Preset = "paper",
+        seeds: tuple[int, ...] = (),
+        train: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        """Run the rows of a task's preset and show its tables.
+
+        Args:
+            task: the folder, such as action_recognition
+            preset: tiny and laptop are trained; paper is planned (its memory is predicted), unless --train
+            seeds: default: one for tiny and paper, two for laptop
+            train: train the paper rows, which takes the data set and GPUs
+            dry_run: print the commands only
+        """
+        configs = rows_of_preset(task_configs(task).ROWS, preset)
+        if not configs:
+            raise ValueError(f"{task} has no rows at the preset {preset}")
+        trains = train or preset != "paper"
+        if trains:
+            prepare = [sys.executable, "-m", f"{task}.prepare", "--preset", preset]
+            print("+", shlex.join(["python", *prepare[1:]]), flush=True)
+            if not dry_run:
+                subprocess.run(prepare, check=True, stdin=subprocess.DEVNULL)
+        run_rows(task, configs, seeds=seeds or SEEDS[preset], train=trains, dry_run=dry_run)
+
+    try:
+        tyro.cli(run, description=__doc__, prog="python -m engine.rows")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{shlex.join(['python', *error.cmd[1:]])} failed, see above; the same command goes on from there")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Where a run stands: what it carries from step to step besides tensors, and how it is saved and found again."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from engine.config import Config
+from engine.records.record import refuse_other_recipe
+from engine.settings import to_json
+from engine.training import checkpoint
+from engine.training.ema import EMA
+from engine.training.optimization import optimizer_tensors, restore_optimizer
+from engine.weights import load_tensors
+
+MAX_DURATIONS = 1000
+
+
+@dataclass
+class State:
+    """Exactly what state.json holds of a run, besides its identity (row, seed, config)."""
+
+    step: int = 0  # optimizer steps done
+    alpha: float | None = None  # coefficients of the last step
+    beta: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    curve: list[dict[str, float]] = field(default_factory=list)  # per epoch: losses, learning rate, metrics
+    guard: list[dict[str, float]] = field(default_factory=list)  # per gradient check
+    memory: dict[str, Any] | None = None  # of the step with the highest peak
+    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "loading": 0.0, "evaluation": 0.0})
+    durations: list[float] = field(default_factory=list)  # seconds of the last steps
+    running: dict[str, float] = field(default_factory=dict)  # sums of losses since the epoch began
+    running_steps: int = 0
+
+    def add_losses(self, losses: dict[str, float]) -> None:
+        """Count a step's mean losses towards the epoch's."""
+        for name, value in losses.items():
+            self.running[name] = self.running.get(name, 0.0) + value
+        self.running_steps += 1
+
+    def end_epoch(self, entry: dict[str, float], metrics: dict[str, float] | None) -> dict[str, float]:
+        """Close the epoch with its mean losses (and metrics, if it was evaluated); returns its line of the curve."""
+        entry = entry | {name: total / self.running_steps for name, total in self.running.items()}
+        entry["loss"] = sum(self.running.values()) / self.running_steps
+        if self.alpha is not None and self.beta is not None:
+            entry |= {"alpha": self.alpha, "beta": self.beta}
+        if metrics is not None:
+            assert not entry.keys() & metrics.keys(), f"a metric is named as a loss: {[*entry, *metrics]}"
+            self.metrics = metrics
+            entry |= metrics
+        self.curve.append(entry)
+        self.running, self.running_steps = {}, 0
+        return entry
+
+    def add_duration(self, seconds: float) -> None:
+        """The time of one step; only the last ones are kept."""
+        self.durations = [*self.durations[1 - MAX_DURATIONS :], seconds]
+
+
+def save(
+    folder: Path,
+    config: Config,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    accelerator: Accelerator,
+    progress: float,
+) -> None:
+    """Write the run's checkpoint from the main process; every process waits for it."""
+    if accelerator.is_main_process:
+        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+        if ema is not None:
+            tensors["ema"] = ema.tensors
+        scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+        identity = {"row": config.row, "seed": config.run.seed, "config": to_json(config)}
+        checkpoint.save(folder, tensors, {**asdict(state), "progress": progress, "scaler": scaler, **identity})
+    accelerator.wait_for_everyone()
+
+
+def resume(
+    folder: Path,
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    accelerator: Accelerator,
+) -> State:
+    """Put everything where the checkpoint left it. ValueError when it was made with another recipe."""
+    found = checkpoint.load(folder)
+    refuse_other_recipe(found.state["config"], config, folder)
+    load_tensors(model, found.tensors["model"], str(folder))
+    restore_optimizer(model, optimizer, found.tensors["optimizer"], str(folder))
+    if ema is not None:
+        ema.restore(found.tensors["ema"], str(folder))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(found.state["scaler"])
+    accelerator.print(f"continuing from step {found.state['step']} of {folder}")
+    return State(**{entry.name: found.state[entry.name] for entry in fields(State)})
