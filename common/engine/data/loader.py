@@ -8,7 +8,9 @@ dataset's.
 Not here: transforms, decoding, datasets. They belong to the tasks.
 """
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,15 +101,28 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
         # Workers start from this generator: making an iterator would otherwise advance the global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; a worker that dies of it kills the step that the engine wants to finish.
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run, but a worker that dies of them kills the step that
+    the engine wants to finish. Only what the main process itself sends ends a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+        return
+    main, blocked = os.getppid(), {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(blocked).si_pid != main:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def key_batches(loader: DataLoader) -> KeyBatches:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.files import write_text
 from engine.records.provenance import command_line, commit, sources_hash, versions
 from engine.settings import to_json
 
@@ -116,7 +117,9 @@ def is_finished(config: Any, folder: Path | None = None) -> bool:
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write `record.json` into a run folder, atomically."""
+    """Write `record.json` into a run folder, atomically and synced."""
+    for left in folder.glob(".record.json.*.tmp"):  # by processes that were killed
+        left.unlink(missing_ok=True)
     return _write(folder / "record.json", asdict(record))
 
 
@@ -199,8 +202,5 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path

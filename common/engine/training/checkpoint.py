@@ -11,15 +11,19 @@ A checkpoint folder holds `state.json` and the safetensors files it names with t
 The random generators need no file: the engine seeds them before each step from (seed, step, process), and a batch is a
 function of (seed, epoch, position), so seed and step are their whole state.
 
-Each file is written under a temporary name in the same folder, synced and renamed; `state.json` comes last and its
-rename is the one moment at which the new checkpoint replaces the old. Only then are the old files deleted, so a full
-disk or a kill at any time leaves a complete checkpoint. Nothing is pickled or unpickled.
+Each file is written in the folder `.saving`, synced and renamed; `state.json` comes last and its rename is the one
+moment at which the new checkpoint replaces the old. Only then are the old files deleted, so a full disk or a kill at
+any time leaves a complete checkpoint; what a kill leaves beside it goes when the run is taken up again. One process
+saves at a time, see `lock.py`. Nothing is pickled or unpickled.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
-import os
+import re
+import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import weights
+from engine.files import make_folder, publish, write_text
 from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite
 
 FORMAT = 1
+SCRATCH = ".saving"  # where files are written before they get their names
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NAMES = {"model": "weights", "ema": "averages"}  # of the kinds of tensors, in messages
 MAX_STATE_BYTES = 64 * 2**20  # a curve of ten thousand epochs is far below
 
@@ -53,33 +60,47 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> No
     """
     for kind, group in tensors.items():
         refuse_non_finite(group, f"the {NAMES.get(kind, kind)} to be saved in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     files = {}
+    scratch = folder / SCRATCH
     try:
+        make_folder(folder)
+        delete_unnamed(folder)
+        scratch.mkdir()
         for kind, group in tensors.items():
-            temporary = folder / f".{kind}.{os.getpid()}.tmp"
+            temporary = scratch / kind
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask wants it; safetensors writes for its owner only
             save_file(_separate(group), temporary)
+            temporary.chmod(stat.S_IMODE(mode))
             digest = _digest(temporary)
             name = f"{kind}-{digest[:16]}.safetensors"
-            _publish(temporary, folder / name)
+            publish(temporary, folder / name)
             files[kind] = {"name": name, "sha256": digest}
-        temporary = folder / f".state.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({**state, "format": FORMAT, "files": files}, indent=1))
-        _publish(temporary, folder / "state.json")
+        write_text(folder / "state.json", json.dumps({**state, "format": FORMAT, "files": files}, indent=1))
     except (OSError, SafetensorError) as error:
-        kept = "the previous checkpoint is intact" if (folder / "state.json").exists() else "there is no earlier one"
-        _delete_unnamed(folder)
+        number = _errno(error)
+        kept = "the previous checkpoint is intact" if exists(folder) else "there is no earlier one"
+        remedy = "Free disk space" if number in FULL else "Make the folder writable"
         raise OSError(
-            getattr(error, "errno", None) or 0,
-            f"could not save a checkpoint in {folder}: {error}; {kept}. "
-            "Free disk space, then start the same command again",
+            number,
+            f"could not save a checkpoint in {folder}: {error}; {kept}. {remedy}, then start the same command again",
         ) from error
-    _delete_unnamed(folder)
+    finally:
+        delete_unnamed(folder)
 
 
 def load(folder: Path) -> Checkpoint:
     """Read and verify a whole checkpoint. Raises FileNotFoundError, or ValueError naming the bad file."""
     state = read_state(folder)
+    try:
+        return _load(folder, state)
+    except ValueError:
+        if read_state(folder)["files"] == state["files"]:
+            raise
+        return load(folder)  # a run has replaced its checkpoint meanwhile
+
+
+def _load(folder: Path, state: dict[str, Any]) -> Checkpoint:
     tensors = {}
     for kind, entry in state["files"].items():
         path = folder / entry["name"]
@@ -149,27 +170,24 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Make a written file permanent under its name: sync it, rename it, sync the folder."""
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+def _errno(error: Exception) -> int:
+    """The system's number of an error; safetensors has it in its words only."""
+    found = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _delete_unnamed(folder: Path) -> None:
-    """Delete what the current `state.json` does not name: older tensors, and temporary files of killed processes."""
+def delete_unnamed(folder: Path) -> None:
+    """Delete what the `state.json` on disk does not name: older tensors, and what killed processes left half written.
+    Nothing where it cannot be read.
+    """
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     named: set[str] = set()
-    if (folder / "state.json").exists():
-        named = {entry["name"] for entry in read_state(folder)["files"].values()}
-    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp")]:
+    if exists(folder):
+        try:
+            named = {entry["name"] for entry in read_state(folder)["files"].values()}
+        except (OSError, ValueError):
+            return
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp"), *folder.glob(".tmp*")]:
         if path.name not in named:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 path.unlink()

@@ -95,7 +95,7 @@ def check_gradient(
     error = dr2net.gradient_error(model, batch, lambda m, b: sum(m.losses(m(b), b).values())).overall
     where = f"epoch {epoch}, alpha {state.alpha:g}, beta {state.beta:g}"
     tolerance = finetuning.options.tolerance
-    log.scalar("check/gradient_error", error, state.step)
+    log.draw({"check/gradient_error": error}, state.step)
     log.note(f"gradient check: {where}: relative error {error:.1e}")
     if not error <= tolerance:  # also for NaN
         text = (

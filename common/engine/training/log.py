@@ -1,11 +1,13 @@
 """What a run says while it runs: a progress line on a terminal, plain lines elsewhere, tensorboard curves always.
 
-Only the main process speaks. Numbers go to `<run folder>/tensorboard`; `tensorboard --logdir runs` shows them.
+Only the main process speaks. Numbers go to `<run folder>/tensorboard`; `tensorboard --logdir runs` shows them. What
+cannot be written (a full disk, a deleted folder, a pipe whose reader has gone) is lost; the training is not.
 """
 
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
+
+# The disk is full; the stream is closed, or cannot spell a name; the reader has gone (rich then exits).
+LOST = (OSError, ValueError, SystemExit)
 
 
 class Log:
@@ -23,15 +28,12 @@ class Log:
     ) -> None:
         self.every, self.samples, self.speak, self.total = max(every, 1), samples, speak, total
         self.console = Console(highlight=False, soft_wrap=True)
-        self.live = speak and sys.stdout.isatty()
-        self.writer = None
+        self.live = speak and sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+        self.writer: Any = None  # made when the first curve is drawn, and again after it failed
+        self.folder, self.done = folder / "tensorboard", done
         self.last = (done, time.perf_counter())
         self.rate = 0.0
         if speak:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
             self.progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
@@ -45,23 +47,28 @@ class Log:
             )
             self.task = self.progress.add_task(title, total=total, completed=done, numbers="")
             if not self.live:
-                self.console.print(f"{title}: steps {done} to {total}", markup=False)
+                self.note(f"{title}: steps {done} to {total}")
 
     def __enter__(self) -> "Log":
         if self.speak:
-            self.progress.start()
+            with suppress(*LOST):
+                self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.writer is not None:
-            self.progress.stop()
-            self.writer.close()
+        if self.speak:
+            with suppress(*LOST):
+                self.progress.stop()
+            self.draw({}, self.done)
+            if self.writer is not None:
+                with suppress(*LOST):
+                    self.writer.close()
 
     def step(self, step: int, losses: dict[str, float], rate: float, alpha: float | None, beta: float | None) -> None:
         """After optimizer step number `step` (1 is the first)."""
-        if self.writer is None:
+        if not self.speak:
             return
         loss = sum(losses.values())
         self.progress.update(self.task, completed=step)
@@ -78,26 +85,35 @@ class Log:
             scalars |= {"alpha": alpha, "beta": beta}
             numbers += f"  alpha {alpha:.3f} beta {beta:.3f}"
         numbers += f"  {self.rate:.1f} samples/s"
-        for name, value in scalars.items():
-            self.writer.add_scalar(f"train/{name}", value, step)
+        self.draw({f"train/{name}": value for name, value in scalars.items()}, step)
         self.progress.update(self.task, numbers=numbers)
         if not self.live:
-            self.console.print(f"step {step}/{self.total}  {numbers}  {seconds_left:.0f} s left", markup=False)
+            self.note(f"step {step}/{self.total}  {numbers}  {seconds_left:.0f} s left")
 
     def epoch(self, epoch: int, step: int, entry: dict[str, float]) -> None:
         """After an epoch or evaluation; `entry` is the line of the Record's curve."""
-        if self.writer is None:
-            return
         values = {name: value for name, value in entry.items() if name not in ("epoch", "step", "alpha", "beta")}
-        for name, value in values.items():
-            self.writer.add_scalar(f"epoch/{name}", value, step)
+        self.draw({f"epoch/{name}": value for name, value in values.items()}, step)
         words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.note(f"epoch {epoch}  step {step}  {words}")
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """A curve of its own, such as the guard's gradient error."""
-        if self.writer is not None:
-            self.writer.add_scalar(name, value, step)
+    def draw(self, scalars: dict[str, float], step: int) -> None:
+        """Points of curves; a warning where they cannot be written."""
+        if not self.speak:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            if self.writer is None or not self.folder.is_dir():
+                # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.done)
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+            self.done = step
+        except Exception as error:  # of its thread, its protocol buffers or the disk: none is worth the training
+            self.writer = None
+            self.note(f"warning: the curves of step {step} are lost ({error})")
 
     def track(self, batches: DataLoader) -> Iterator[Any]:
         """The batches of an evaluation, counted on a line of their own while they pass."""
@@ -115,4 +131,5 @@ class Log:
     def note(self, text: str) -> None:
         """A line that stays on the screen."""
         if self.speak:
-            self.console.print(text, markup=False)
+            with suppress(*LOST):
+                self.console.print(text, markup=False)

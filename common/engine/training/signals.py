@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM as requests: the engine finishes its step, saves, and says how to resume."""
 
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,17 +11,22 @@ from types import FrameType
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM instead of dying of them; a second Ctrl-C interrupts at once."""
+    """Collect SIGINT (Ctrl-C) and SIGTERM instead of dying of them. A second Ctrl-C interrupts at once; schedulers send
+    SIGTERM several times, and mean the same each time.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # signals belong to the main thread
         return
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
-        print("finishing this step, then saving; press Ctrl-C again to stop at once", flush=True)
+        if received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        hint = "again" if number == signal.SIGINT else "twice"
+        # Not print: it may be in the middle of a line of its own, or its reader gone.
+        with contextlib.suppress(OSError):
+            os.write(1, f"finishing this step, then saving; press Ctrl-C {hint} to stop at once\n".encode())
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

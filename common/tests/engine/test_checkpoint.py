@@ -2,17 +2,24 @@
 
 import errno
 import json
+import os
 import pickle
 import re
+import signal
+import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from toy_training import Toy
 
+from engine.files import write_text
 from engine.training import checkpoint
 
 
@@ -58,6 +65,88 @@ def test_only_the_newest_files_stay(folder):
     assert checkpoint.load(folder).state["step"] == 2
 
 
+def test_what_a_kill_inside_a_save_left_goes_with_the_next_save_or_start(folder):
+    code = (
+        "import os, signal, sys, torch, safetensors.torch as st; from pathlib import Path\n"
+        "from engine.training import checkpoint\n"
+        "def killed(tensors, path):\n"
+        "    Path(path).parent.joinpath('.tmpAkhd4J').write_bytes(b'0' * 1000)  # safetensors' own temporary file\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.save_file = killed\n"
+        "checkpoint.save(Path(sys.argv[1]), {'model': {'a': torch.ones(3)}}, {'step': 2})"
+    )
+    (folder / ".tmpAkhd4J").write_text("left by an earlier version")
+    (folder / "model-0123456789abcdef.safetensors").write_text("replaced, but not yet deleted")
+    assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == -signal.SIGKILL
+    assert len(list(folder.iterdir())) > 2
+    checkpoint.delete_unnamed(folder)
+    assert len(list(folder.iterdir())) == 2 and checkpoint.load(folder).state["step"] == 1
+
+
+def test_nothing_is_deleted_beside_a_state_that_cannot_be_read(folder):
+    path = weights_file(folder)
+    (folder / "state.json").write_text("{")
+    checkpoint.delete_unnamed(folder)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_of_a_checkpoint_is_readable_to_whom_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        checkpoint.save(tmp_path / "new", {"model": Toy().state_dict()}, {"step": 1})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+    assert set(modes.values()) == {mode}, modes
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
+    real = checkpoint.read_state
+    states = [real(folder)]
+    checkpoint.save(folder, {"model": Toy().state_dict()}, {"step": 2})
+    monkeypatch.setattr(checkpoint, "read_state", lambda folder: states.pop() if states else real(folder))
+    assert checkpoint.load(folder).state["step"] == 2
+
+
+def test_each_file_is_synced_before_its_name_and_its_folder_after(tmp_path, monkeypatch):
+    calls = []
+    replace, fsync = os.replace, os.fsync
+
+    def name_of(descriptor):
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("sync", name_of(fd))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("name", Path(a), Path(b))), replace(a, b)))
+    checkpoint.save(tmp_path / "checkpoint", {"model": Toy().state_dict()}, {"step": 1})
+    write_text(tmp_path / "record.json", "{}")
+    names = [k for k, call in enumerate(calls) if call[0] == "name"]
+    assert [calls[k][2].name.split("-")[0] for k in names] == ["model", "state.json", "record.json"]
+    for k in names:
+        assert calls[k - 1] == ("sync", calls[k][1]) and calls[k + 1] == ("sync", calls[k][2].parent)
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "Free disk space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "Make the folder writable"),
+        (SafetensorError("Permission denied (os error 13)"), "Make the folder writable"),
+    ],
+)
+def test_the_remedy_is_that_of_the_error(folder, monkeypatch, error, remedy):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match=remedy) as caught:
+        checkpoint.save(folder, {"model": Toy().state_dict()}, {"step": 2})
+    assert caught.value.errno in (errno.ENOSPC, errno.EACCES)
+
+
 @pytest.mark.parametrize("moment", ["write", "sync", "rename", "state"])
 def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, moment):
     before = checkpoint.load(folder)
@@ -69,9 +158,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, moment)
     if moment == "write":
         monkeypatch.setattr(checkpoint, "save_file", fail)
     elif moment == "sync":
-        monkeypatch.setattr(checkpoint.os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", fail)
     elif moment == "rename":
-        monkeypatch.setattr(checkpoint.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
     else:
         monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="No space left.*previous checkpoint is intact.*Free disk space") as caught:
@@ -86,8 +175,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, moment)
 
 def test_a_real_file_size_limit_is_reported_like_a_full_disk(folder):
     resource = pytest.importorskip("resource")
-    import signal
-
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))

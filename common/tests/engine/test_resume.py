@@ -3,41 +3,21 @@
 Real processes, real signals; each costs a few seconds of imports, so there are few.
 """
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from toy_processes import LONG, NUM_STEPS, finish, folder_of, start, wait_for_checkpoint
 from toy_training import toy_config, train
 
 from engine.records import record as results
 from engine.training import checkpoint
 
-HERE = Path(__file__).parents[1]
-SCRIPT = HERE / "toy_training.py"
-PATIENCE_SECONDS = 120
 # Two processes sum gradients in another order, and Adam amplifies it (see test_training_engine.py).
 SPLIT_TOLERANCE = 1e-4
-
-# Long enough to be killed in the middle; moving coefficients, averages and dropout make every kind of state matter.
-LONG = {
-    "finetuning": {
-        "method": "dr2net",
-        "path": "together",
-        "start": [0.75, 0.25],
-        "end": [0.25, 0.75],
-        "guard_every_epochs": 5,
-    },
-    "optimization": {"epochs": 15},
-    "run": {"save_every_steps": 3, "evaluate_every_epochs": 5},
-}
-NUM_STEPS = 60  # 15 epochs of 32 samples, 8 to a step
 
 
 @pytest.fixture(autouse=True)
@@ -47,32 +27,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def start(output: Path, changes: dict, *launcher: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(SCRIPT), str(output), json.dumps(changes)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    text, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == code, text
-    return text
-
-
-def folder_of(output: Path, changes: dict) -> Path:
-    return results.run_folder(toy_config(output, changes)) / "checkpoint"
-
-
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen, beyond: int = 0) -> None:
-    """Until a step later than `beyond` is saved."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if checkpoint.exists(folder) and checkpoint.read_state(folder)["step"] > beyond:
-            return
-        time.sleep(0.005)
-    pytest.fail(f"no checkpoint appeared: {process.communicate()[0]}")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
