@@ -128,9 +128,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 def key_batches(loader: DataLoader) -> KeyBatches:
     """The sampler of a loader made by `build_loader`; ValueError for any other loader."""
     if not isinstance(loader.batch_sampler, KeyBatches):
-        raise ValueError(
-            "this loader was not made by engine.data.loader.build_loader; use it, so that runs can resume"
-        )
+        raise ValueError("this loader was not made by engine.data.loader.build_loader; use it, so that runs can resume")
     return loader.batch_sampler
 
 

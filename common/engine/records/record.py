@@ -10,7 +10,6 @@ tables, figures, and the command that publishes runs (`tables.py`).
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal

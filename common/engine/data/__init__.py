@@ -1,0 +1,1 @@
+"""From files to batches: the loader, video, transforms, downloads, worker processes."""
