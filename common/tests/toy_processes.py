@@ -21,10 +21,8 @@ PATIENCE_SECONDS = 120
 LONG = {
     "finetuning": {
         "method": "dr2net",
-        "path": "together",
-        "start": [0.75, 0.25],
-        "end": [0.25, 0.75],
-        "guard_every_epochs": 5,
+        "schedule": {"start": [0.75, 0.25], "end": [0.25, 0.75]},
+        "check_every_epochs": 5,
     },
     "optimization": {"epochs": 15},
     "run": {"save_every_steps": 3, "evaluate_every_epochs": 5},

@@ -10,18 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from toy_task import data, evaluate
 from toy_task.configs import Config, toy_vit
 from toy_task.model import build_model
 
-from dr2net import Schedule
-from engine.config import Config as EngineConfig
+from dr2net import Options, Schedule
 from engine.data.loader import Loaders
 from engine.records.record import Record
+from engine.task import Model
 from engine.training.devices import set_seed
 from engine.training.fit import build_loaders, fit
-
-__all__ = ["Config", "EngineConfig", "evaluate", "loaders_of", "toy_config", "train"]
 
 
 def toy_config(output: Path, changes: dict[str, Any] | None = None) -> Config:
@@ -32,6 +31,8 @@ def toy_config(output: Path, changes: dict[str, Any] | None = None) -> Config:
     if isinstance(finetuning.get("schedule"), dict):  # from JSON
         schedule = finetuning["schedule"]
         finetuning["schedule"] = Schedule(**{k: tuple(v) if isinstance(v, list) else v for k, v in schedule.items()})
+    if isinstance(finetuning.get("options"), dict):
+        finetuning["options"] = Options(**{"tolerance": 1e-2, **finetuning["options"]})
     config = replace(config, finetuning=replace(config.finetuning, **finetuning))
     config = replace(config, run=replace(config.run, output=output))
     for part, values in changes.items():
@@ -44,6 +45,13 @@ def loaders_of(config: Config) -> Loaders:
     return build_loaders(config, data)
 
 
+@torch.no_grad()
+def metrics_of(model: Model, config: Config) -> dict[str, float]:
+    """Of the validation clouds."""
+    rows = [row for batch in loaders_of(config).val for row in evaluate.collect(model.eval(), batch, config)]
+    return evaluate.score(rows, evaluate.read_truth(config), config)
+
+
 def train(config: Config) -> Record:
     """One run, or what is left of it."""
     set_seed(config.run.seed)
@@ -51,7 +59,5 @@ def train(config: Config) -> Record:
 
 
 if __name__ == "__main__":
-    import torch
-
     torch.set_num_threads(1)
     train(toy_config(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from toy_training import Toy
+from toy_task.model import Toy
 
 from engine.files import write_text
 from engine.training import checkpoint

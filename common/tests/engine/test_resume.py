@@ -16,7 +16,7 @@ from toy_training import toy_config, train
 from engine.records import record as results
 from engine.training import checkpoint
 
-# Two processes sum gradients in another order, and Adam amplifies it (see test_training_engine.py).
+# Two processes sum gradients in another order, and Adam amplifies it (see test_engine.py).
 SPLIT_TOLERANCE = 1e-4
 
 
@@ -60,7 +60,7 @@ def test_a_run_killed_at_random_moments_and_stopped_by_ctrl_c_ends_bit_for_bit_t
 
 
 def test_two_processes_train_like_one(tmp_path):
-    changes = {"dropout": 0.0, "run": {"micro_batch": 2}, "finetuning": {"method": "dr2net"}}
+    changes = {"model": {"dropout": 0.0}, "run": {"micro_batch": 2}, "finetuning": {"method": "dr2net"}}
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     two = start(tmp_path / "two", changes, *launcher)
     one = train(toy_config(tmp_path / "one", changes))

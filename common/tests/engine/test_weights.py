@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from toy_training import Config, Toy
+from toy_task.configs import toy_vit
+from toy_task.model import Toy
 
 from engine.backbones.video_swin import build_video_swin
 from engine.backbones.video_vit import build_image_vit
 from engine.training import checkpoint
-from engine.training.optimization import Averages, build_optimizer, optimizer_tensors, restore_optimizer
+from engine.training.ema import EMA
+from engine.training.optimization import build_optimizer, optimizer_tensors, restore_optimizer
 from engine.weights import load_tensors, load_weights, read_state_dict
 
 
@@ -127,8 +129,8 @@ def test_a_header_of_any_length_is_not_mistaken_for_a_pickle(tmp_path):
 
 
 def trained(model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(model, Config().optimization)
-    model.head(torch.ones(1, 8)).sum().backward()
+    optimizer = build_optimizer(model, toy_vit("conventional").optimization)
+    model.head(torch.ones(1, 4, 8)).sum().backward()
     optimizer.step()
     return optimizer
 
@@ -155,7 +157,7 @@ def test_the_state_of_the_optimizer_is_checked(change, message):
     tensors = optimizer_tensors(model, trained(model)) | change
     tensors = {key: value for key, value in tensors.items() if value is not None}
     other = Toy()
-    optimizer = build_optimizer(other, Config().optimization)
+    optimizer = build_optimizer(other, toy_vit("conventional").optimization)
     with pytest.raises(ValueError, match=message):
         restore_optimizer(other, optimizer, tensors, "checkpoint")
     assert not optimizer.state
@@ -171,7 +173,7 @@ def test_the_state_of_the_optimizer_is_checked(change, message):
     ],
 )
 def test_averages_are_checked(change, message):
-    averages = Averages(Toy(), 0.9)
+    averages = EMA(Toy(), 0.9)
     with pytest.raises(ValueError, match=message):
         averages.restore({**averages.tensors, **change}, "checkpoint")
 
