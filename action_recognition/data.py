@@ -256,19 +256,19 @@ def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Ge
     return video, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def collate(items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def collate(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Lists of samples -> one batch, repeats of a video side by side."""
-    samples = [sample for item in items for sample in item]
+    views = [view for sample in samples for view in sample]
     batch: dict[str, Any] = {
-        "video": torch.stack([sample["video"] for sample in samples]),
-        "label": torch.tensor([sample["label"] for sample in samples]),
-        "name": [sample["name"] for sample in samples],
-        "skipped": [name for sample in samples for name in sample["skipped"]],
+        "video": torch.stack([view["video"] for view in views]),
+        "label": torch.tensor([view["label"] for view in views]),
+        "name": [view["name"] for view in views],
+        "skipped": [name for view in views for name in view["skipped"]],
     }
-    if "target" in samples[0]:
-        batch["target"] = torch.stack([sample["target"] for sample in samples])
-    if "view" in samples[0]:
-        batch["view"] = torch.tensor([sample["view"] for sample in samples])
+    if "target" in views[0]:
+        batch["target"] = torch.stack([view["target"] for view in views])
+    if "view" in views[0]:
+        batch["view"] = torch.tensor([view["view"] for view in views])
     return batch
 
 

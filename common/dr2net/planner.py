@@ -28,8 +28,10 @@ from dr2net.branches import find_branches
 from dr2net.error_law import anchor_spacing
 from dr2net.memory import Memory, measure, predict
 from dr2net.options import Options
+from dr2net.styles import STYLES
 
 METHODS = ("conventional", "checkpointed", "lora", "reversible", "dr2net", "reversible, chunks", "dr2net, chunks")
+INVERTS = ("reversible", "dr2net")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
@@ -38,15 +40,6 @@ OPTIMIZERS = {
 LORA_RANK = 8
 CHUNKED = Options(chunk_mib=256, recompute_rest=True)
 BUDGETS_GB = (24, 48, 80)  # memory of common cards, 10^9 bytes
-STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; shapes for print
-    "conventional": ("#000000", "o-"),
-    "checkpointed": ("#E69F00", "^-"),
-    "lora": ("#CC79A7", "v-"),
-    "reversible": ("#D55E00", "D--"),
-    "dr2net": ("#009E73", "s--"),
-    "reversible, chunks": ("#D55E00", "D-"),
-    "dr2net, chunks": ("#009E73", "s-"),
-}
 
 Shape = tuple[int, ...]
 Curve = Sequence[tuple[float, float]]  # (size, bytes)
@@ -221,10 +214,13 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
             label_at = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
             axes.annotate(f"{gb} GB", (1, budget), (2, 0), **label_at, va="center", fontsize=8, color="#666666")
         for method, curve in curves.items():
-            color, style = STYLES[method]
+            name, chunks = method.removesuffix(", chunks"), method.endswith(", chunks")
+            style, line = STYLES[name], "--" if name in INVERTS and not chunks else "-"
             sizes, peaks = zip(*((size, num_bytes / 2**30) for size, num_bytes in curve), strict=True)
             size = 6 if method.startswith("reversible") else 4  # dr2net often lies on it
-            entries[method] = axes.plot(sizes, peaks, style, color=color, markersize=size, linewidth=1.5)[0]
+            entries[method] = axes.plot(
+                sizes, peaks, line, marker=style.marker, color=style.color, markersize=size, linewidth=1.5
+            )[0]
         axes.set(xlabel=label, ylabel="peak of a training step, GiB", ylim=(0, top), xlim=(0, 1.03 * right))
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")

@@ -11,6 +11,8 @@ user can mend is one line and exit code 1; anything else is a fault of the progr
 """
 
 import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,17 +233,27 @@ def parse_config(rows: Mapping[str, Callable[[], C]], arguments: Sequence[str]) 
     if short.seed is not None:
         rest += ["--run.seed", str(short.seed)]
     config = find_row(rows, name)
-    parsed = tyro.cli(
-        type(config), default=config, args=rest, prog=f"train {name}", config=(tyro.conf.AvoidSubcommands,)
-    )
+    parsed = _parse(type(config), rest, default=config, prog=f"train {name}")
     if (parsed.row, parsed.finetuning.method) != (config.row, config.finetuning.method):
         raise ValueError("a row's name says its method: change them with `ROW --method METHOD`, not field by field")
     return parsed
 
 
-def _parse(kind: type[Any], words: list[str]) -> Any:
-    """The dataclass `kind` of a command line."""
-    return tyro.cli(kind, args=words, config=(tyro.conf.OmitArgPrefixes,))
+def _parse(kind: type[Any], words: Sequence[str], **how: Any) -> Any:
+    """The dataclass `kind` of a command line; ValueError, in one line, for words that make none."""
+    prefixed = "default" in how
+    markers = (tyro.conf.AvoidSubcommands,) if prefixed else (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=words, config=markers, **how)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro draws a box: its first paragraph, without the frame
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        rule = next((k for k, line in enumerate(lines) if line.startswith("───")), len(lines))
+        raise ValueError(f"{' '.join(lines[:rule])} (--help lists the flags)") from None
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:

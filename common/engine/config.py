@@ -13,14 +13,6 @@ from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
 
 Method = Literal["conventional", "frozen", "checkpointed", "reversible", "dr2net_dynamic", "dr2net"]
 METHODS: tuple[Method, ...] = get_args(Method)
-METHOD_TITLES: dict[Method, str] = {
-    "conventional": "conventional",
-    "frozen": "frozen backbone",
-    "checkpointed": "checkpointed",
-    "reversible": "hard reversible",
-    "dr2net_dynamic": "Dr2Net, dynamic (the paper's schedule)",
-    "dr2net": "Dr2Net, constant",
-}
 # alpha and beta of the methods that have them, unless a row says otherwise
 SCHEDULES: dict[Method, Schedule] = {
     "reversible": Schedule.constant(0.0, 1.0),

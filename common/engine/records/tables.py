@@ -20,19 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dr2net.styles import STYLES
 from engine.config import METHODS
 from engine.records.record import Record, publish, read_records, read_runs
 
 DASH = "-"
 MIB = 2**20
 COLUMNS = ("row", "{metric}", "peak MiB", "activations MiB", "s/step", "gradient error", "seeds", "status")
-STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; shapes for print
-    "conventional": ("#000000", "o"),
-    "frozen": ("#56B4E9", "s"),
-    "checkpointed": ("#E69F00", "^"),
-    "reversible": ("#D55E00", "D"),
-    "dr2net": ("#009E73", "*"),
-}
 
 
 @dataclass(frozen=True)
@@ -212,17 +206,17 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     axes = figure.subplots()
     shown = trained(lines)
     for line in shown:
-        colour, marker = STYLES[line.method]
+        title, color, marker = STYLES[line.method]
         axes.errorbar(
             line.peak / MIB,
             line.mean,
             yerr=line.std,
-            color=colour,
+            color=color,
             marker=marker,
             markersize=11 if marker == "*" else 7,
             capsize=3,
             linestyle="none",
-            label=f"{line.method}  {line.mean:.1f}, {mebibytes(line.peak)} MiB",
+            label=f"{title}  {line.mean:.1f}, {mebibytes(line.peak)} MiB",
         )
     seeds = max(line.num_seeds for line in shown)
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"

@@ -28,7 +28,9 @@ def build_accelerator(device: str, precision: str) -> Accelerator:
         raise ValueError("optimization.precision fp16 needs a GPU; use bf16 or fp32")
     # Accelerate keeps its precision in a process-wide singleton and refuses a second one (1.15): each fit starts clean.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
+    # Without a GPU, "auto" has to say cpu: else accelerate counts one process under torchrun, each training everything.
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
 def mean_over_devices(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_training import Points, collate
+from toy_task.data import Points, collate
 
 from engine.data.loader import KeyBatches, build_loader, gather, key_batches, sample_seed, to_device
 
@@ -50,7 +50,7 @@ def test_evaluation_shares_hold_each_sample_once_in_order(num_samples, world):
 
 def test_workers_do_not_change_samples_nor_the_global_generator():
     loaders = [
-        build_loader(Points(16), batch_size=4, seed=5, train=True, num_workers=workers, collate=collate)
+        build_loader(Points(16, 3), batch_size=4, seed=5, train=True, num_workers=workers, collate=collate)
         for workers in (0, 2)
     ]
     before = torch.get_rng_state()
@@ -61,7 +61,7 @@ def test_workers_do_not_change_samples_nor_the_global_generator():
 
 def test_an_empty_set_and_a_foreign_loader_are_refused():
     with pytest.raises(ValueError, match="validation set is empty"):
-        build_loader(Points(0), batch_size=4, seed=0, train=False, num_workers=0, collate=collate)
+        build_loader(Points(0, 3), batch_size=4, seed=0, train=False, num_workers=0, collate=collate)
     with pytest.raises(ValueError, match="build_loader"):
         key_batches(torch.utils.data.DataLoader([1, 2, 3]))
 

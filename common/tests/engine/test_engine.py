@@ -7,18 +7,24 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from toy_training import Config, Points, Toy, build_loaders, collate, criterion, evaluate, toy_config, train
+from toy_task import evaluate
+from toy_task.configs import Config
+from toy_task.model import Toy
+from toy_training import loaders_of, metrics_of, toy_config, train
 
 import dr2net
-from engine.config import METHODS, Finetuning, Optimization
-from engine.data.loader import Loaders, build_loader
+from dr2net import Options, Schedule
+from engine.config import METHODS, SCHEDULES, Finetuning, Optimization
 from engine.records import record as results
 from engine.training import checkpoint
 from engine.training.devices import set_seed
+from engine.training.ema import EMA
 from engine.training.finetuning import apply_method, check_gradient, coefficients, load_trained
-from engine.training.fit import accumulation_steps, fit
+from engine.training.fit import fit
 from engine.training.log import Log
-from engine.training.optimization import Averages, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from engine.training.optimization import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from engine.training.state import State
+from engine.training.step import accumulation_steps
 
 # Sums over 8 samples are taken in another order when the batch is split. Adam makes steps of full size out of rounding
 # errors where the true gradient is zero (key biases), so losses and the head are compared, not every weight.
@@ -55,7 +61,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 
 def test_layer_decay_multiplier_and_weight_decay_reach_the_right_parameters():
     model = Toy(depth=2)
-    recipe = Optimization(layer_decay=0.5, backbone_multiplier=0.1, weight_decay=0.3, learning_rate=1.0)
+    recipe = Optimization(layer_decay=0.5, multipliers={"backbone.": 0.1}, weight_decay=0.3, learning_rate=1.0)
     optimizer = build_optimizer(model, recipe)
     set_learning_rate(optimizer, 2.0)
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -75,7 +81,7 @@ def test_nothing_to_train_is_an_error():
 def test_averages_follow_and_swap_exactly():
     model = nn.Module()
     model.weight = nn.Parameter(torch.tensor([0.0, 0.0]))
-    averages = Averages(model, decay=0.5)
+    averages = EMA(model, decay=0.5)
     with torch.no_grad():
         model.weight.fill_(1.0)
     averages.update(100)
@@ -96,8 +102,7 @@ def test_batches_that_do_not_divide_are_refused(tmp_path):
         accumulation_steps(8, 3, 1)
     with pytest.raises(ValueError, match="loader has batch size 4, but run.micro_batch is 2"):
         config = toy_config(tmp_path)
-        loaders = build_loaders(config)
-        fit(replace(config, run=replace(config.run, micro_batch=2)), Toy(), criterion, loaders, evaluate)
+        fit(replace(config, run=replace(config.run, micro_batch=2)), Toy(), loaders_of(config), evaluate)
 
 
 def test_too_few_samples_are_refused(tmp_path):
@@ -106,15 +111,15 @@ def test_too_few_samples_are_refused(tmp_path):
 
 
 def test_devices_and_precisions_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="run.device is 'tpu'"):
+    with pytest.raises(ValueError, match="--run.device must be one of auto, cpu, cuda, not 'tpu'"):
         train(toy_config(tmp_path, {"run": {"device": "tpu"}}))
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         train(toy_config(tmp_path, {"optimization": {"precision": "fp16"}}))
 
 
 def test_accumulation_does_not_change_the_result(tmp_path):
-    whole = toy_config(tmp_path / "whole", {"run": {"micro_batch": 8}, "dropout": 0.0})
-    split = toy_config(tmp_path / "split", {"run": {"micro_batch": 2}, "dropout": 0.0})
+    whole = toy_config(tmp_path / "whole", {"run": {"micro_batch": 8}, "model": {"dropout": 0.0}})
+    split = toy_config(tmp_path / "split", {"run": {"micro_batch": 2}, "model": {"dropout": 0.0}})
     records = [train(config) for config in (whole, split)]
     losses = [[entry["loss"] for entry in record.curve] for record in records]
     assert losses[0] == pytest.approx(losses[1], abs=SPLIT_TOLERANCE)
@@ -131,7 +136,7 @@ def test_every_method_trains_and_leaves_a_record(tmp_path, method):
     assert record.memory["peak"] > record.memory["parameters"] > 0
     assert record.seconds["step"] > 0
     assert record.status == "tiny"
-    assert len(record.guard) == (2 if method in ("reversible", "dr2net") else 0)
+    assert len(record.guard) == (2 if method in SCHEDULES else 0)
     assert all(entry["error"] < 1e-5 for entry in record.guard)  # exact inversion in float32: rounding only
     assert results.read_record(results.run_folder(config) / "record.json") == record
     assert set(final_weights(config)) == set(Toy().state_dict())
@@ -143,32 +148,48 @@ def test_bf16_trains(tmp_path):
 
 
 def test_frozen_keeps_the_backbone_and_stores_no_graph_for_it(tmp_path):
-    config = toy_config(tmp_path, {"finetuning": {"method": "frozen"}, "optimization": {"epochs": 1}, "dropout": 0.5})
+    config = toy_config(
+        tmp_path, {"finetuning": {"method": "frozen"}, "optimization": {"epochs": 1}, "model": {"dropout": 0.5}}
+    )
     set_seed(0)
     model = Toy(dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
 
-    def watch(outputs, batch):
-        seen.append((model.training, model.backbone.training, model.backbone.blocks(batch["x"]).requires_grad))
-        return criterion(outputs, batch)
+    class Watched(Toy):
+        def losses(self, outputs, batch):
+            seen.append((self.training, self.backbone.training, self.backbone.blocks(batch["x"]).requires_grad))
+            return super().losses(outputs, batch)
 
-    fit(config, model, watch, build_loaders(config), evaluate)
+    model.__class__ = Watched
+    fit(config, model, loaders_of(config), evaluate)
     assert set(seen) == {(True, False, False)}
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items() if n.startswith("backbone"))
     assert not torch.equal(before["head.weight"], model.state_dict()["head.weight"])
 
 
 def test_chunks_and_recomputation_of_the_rest_reach_the_conversion():
-    for chunk_mib, expected in ((0, None), (0.5, 0.5)):
-        backbone = Toy().backbone
-        apply_method(backbone, Finetuning(chunk_mib=chunk_mib, recompute_rest=chunk_mib > 0))
-        assert backbone.blocks.chunk_mib == expected
-        assert ("forward" in vars(backbone.norm)) == (chunk_mib > 0)
+    for options in (Options(), Options(chunk_mib=0.5, recompute_rest=True)):
+        model = Toy()
+        apply_method(model, Finetuning(options=options))
+        assert model.backbone.blocks.chunk_mib == options.chunk_mib
+        assert ("forward" in vars(model.backbone.norm)) == options.recompute_rest
+
+
+def test_a_method_acts_on_other_parts_of_the_model_too():
+    for method in METHODS:
+        model = Toy()
+        model.encoder = Toy().backbone
+        apply_method(model, Finetuning(method=method, also=("encoder",)))
+        converted = [isinstance(part.blocks, dr2net.ReversibleSequence) for part in (model.backbone, model.encoder)]
+        assert converted == [method in SCHEDULES] * 2
+        assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+    with pytest.raises(ValueError, match="has no part 'decoder'"):
+        apply_method(model, Finetuning(method="conventional", also=("decoder",)))
 
 
 def test_the_coefficients_follow_the_schedule_and_are_restored_for_prediction(tmp_path):
-    moving = {"method": "dr2net", "path": "together", "start": (0.75, 0.25), "end": (0.25, 0.75), "until": 0.5}
+    moving = {"method": "dr2net", "schedule": Schedule((0.75, 0.25), (0.25, 0.75), until=0.5)}
     config = toy_config(tmp_path, {"finetuning": moving, "optimization": {"epochs": 2}})
     record = train(config)
     assert [(entry["alpha"], entry["beta"]) for entry in record.guard] == [(0.75, 0.25), (0.25, 0.75)]
@@ -188,7 +209,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
-    for clip_norm in (0.0, 1e-3):
+    for clip_norm in (None, 1e-3):
         config = toy_config(tmp_path / str(clip_norm), {"optimization": {"epochs": 1, "clip_norm": clip_norm}})
         hook = register_optimizer_step_pre_hook(watch)
         train(config)
@@ -198,21 +219,25 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 
 
 def test_evaluation_sees_the_averages_and_training_gets_its_weights_back(tmp_path):
-    plain = toy_config(tmp_path / "plain", {"optimization": {"ema_decay": 0.0}})
+    plain = toy_config(tmp_path / "plain", {"optimization": {"ema_decay": None}})
     averaged = toy_config(tmp_path / "averaged")
     records = [train(config) for config in (plain, averaged)]
     assert_same(final_weights(plain), final_weights(averaged))
     assert records[0].metrics["val_loss"] != records[1].metrics["val_loss"]
     model = Toy()
     checkpoint.load_weights(model, results.run_folder(averaged) / "checkpoint", averaged=False)
-    with torch.no_grad():
-        assert evaluate(model.eval(), build_loaders(plain).val) == records[0].metrics
+    assert metrics_of(model, plain) == records[0].metrics
 
 
 def test_coefficients_belong_to_the_reversible_methods_only():
     assert coefficients(Finetuning(method="conventional"), 0.3) == (None, None)
     assert coefficients(Finetuning(method="reversible"), 0.3) == (0.0, 1.0)
-    assert coefficients(Finetuning(method="dr2net", path="constant", start=(0.5, 0.5)), 0.9) == (0.5, 0.5)
+    assert coefficients(Finetuning(method="dr2net_dynamic"), 0.0) == pytest.approx((1.0, 0.1), abs=0.05)
+    assert coefficients(Finetuning(method="dr2net_dynamic"), 0.6) == pytest.approx((0.4, 0.7))
+    for method in ("conventional", "reversible"):
+        with pytest.raises(ValueError, match="--finetuning.schedule"):
+            Finetuning(method=method, schedule=Schedule.constant(0.5, 0.5))
+    assert coefficients(Finetuning(schedule=Schedule.constant(0.5, 0.5)), 0.9) == (0.5, 0.5)
 
 
 def test_prediction_from_a_checkpoint_gives_the_recorded_metrics(tmp_path):
@@ -220,13 +245,13 @@ def test_prediction_from_a_checkpoint_gives_the_recorded_metrics(tmp_path):
     record = train(config)
     model = Toy()
     load_trained(model, config.finetuning, results.run_folder(config) / "checkpoint")
-    with torch.no_grad():
-        assert evaluate(model, build_loaders(config).val) == record.metrics
+    assert metrics_of(model, config) == record.metrics
 
 
 @pytest.mark.filterwarnings("ignore:float inversion")
 def test_a_noisy_inversion_is_reported_or_stops_the_run(tmp_path, capsys):
-    noisy = {"method": "dr2net", "inversion": "float", "start": (1.0, 0.015625), "tolerance": 1e-9}
+    options = Options(inversion="float", tolerance=1e-9)
+    noisy = {"method": "dr2net", "options": options, "schedule": Schedule.constant(1.0, 0.015625)}
     record = train(toy_config(tmp_path / "warn", {"finetuning": noisy, "optimization": {"epochs": 1}}))
     assert record.guard[0]["error"] > 1e-9
     assert "warning: gradient error" in capsys.readouterr().out
@@ -235,22 +260,24 @@ def test_a_noisy_inversion_is_reported_or_stops_the_run(tmp_path, capsys):
 
 
 def test_the_guard_measures_in_training_mode_and_leaves_no_trace(tmp_path):
-    finetuning = Finetuning(method="dr2net", start=(0.5, 0.5))
+    finetuning = Finetuning(schedule=Schedule.constant(0.5, 0.5))
     model = Toy(dropout=0.5)
-    model.head = nn.Sequential(nn.BatchNorm1d(8), model.head)  # its running statistics must not move
-    apply_method(model.backbone, finetuning)
-    batch = next(iter(build_loaders(toy_config(tmp_path)).val))
+    model.head = nn.Sequential(nn.BatchNorm1d(4), model.head)  # over tokens; its running statistics must not move
+    apply_method(model, finetuning)
+    batch = next(iter(loaders_of(toy_config(tmp_path)).val))
     seen = []
 
-    def watch(outputs, batch):
-        seen.append((model.training, outputs.detach()))
-        return criterion(outputs, batch)
+    class Watched(Toy):
+        def losses(self, outputs, batch):
+            seen.append((self.training, outputs.detach()))
+            return super().losses(outputs, batch)
 
+    model.__class__ = Watched
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     random_state = torch.get_rng_state()
-    state = {"step": 0, "alpha": 0.5, "beta": 0.5}
+    state = State(alpha=0.5, beta=0.5)
     with Log(tmp_path, "row", total=1, done=0, samples=4, every=1, speak=False) as log:
-        entry = check_gradient(model.eval(), watch, batch, finetuning, 0, state, log)
+        entry = check_gradient(model.eval(), batch, finetuning, 0, state, log)
     assert entry["error"] < 1e-6  # without the very same masks it would be about 1
     assert [training for training, _ in seen] == [True, True]
     assert torch.equal(seen[0][1], seen[1][1]) and not torch.allclose(seen[0][1], model.eval()(batch))
@@ -261,9 +288,10 @@ def test_the_guard_measures_in_training_mode_and_leaves_no_trace(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:float inversion")
 def test_a_resumed_run_finds_the_same_gradient_errors(tmp_path):
-    noisy = {"finetuning": {"method": "dr2net", "inversion": "float", "start": (1.0, 0.1)}, "dropout": 0.5}
+    finetuning = {"options": Options(inversion="float"), "schedule": Schedule.constant(1.0, 0.1), "method": "dr2net"}
+    noisy = {"finetuning": finetuning, "model": {"dropout": 0.5}}
     whole, short = (toy_config(tmp_path / name, {**noisy, "optimization": {"epochs": 2}}) for name in "ab")
-    train(replace(short, run=replace(short.run, max_steps=4, evaluate_every_epochs=0)))
+    train(replace(short, run=replace(short.run, max_steps=4, evaluate_every_epochs=None)))
     torch.rand(7)
     resumed, undisturbed = train(short).guard, train(whole).guard
     assert resumed == undisturbed and len(resumed) == 2 and resumed[0]["error"] > 0
@@ -271,15 +299,15 @@ def test_a_resumed_run_finds_the_same_gradient_errors(tmp_path):
 
 def test_a_non_finite_loss_names_step_terms_and_samples_and_keeps_the_checkpoint(tmp_path):
     config = toy_config(tmp_path, {"run": {"save_every_steps": 1}})
-    order = [key[0] for batch in build_loaders(config).train.batch_sampler for key in batch]
+    order = [key[0] for batch in loaders_of(config).train.batch_sampler for key in batch]
     bad = order[21]  # in the third step, second micro batch
-    with pytest.raises(FloatingPointError, match=rf"step 3: cross_entropy = nan, size = nan; samples: .*sample{bad}\b"):
-        train(config, bad=bad)
+    with pytest.raises(FloatingPointError, match=rf"cross_entropy = nan, size.* at step 3; samples: .*sample{bad}\b"):
+        train(replace(config, data=replace(config.data, bad=bad)))
     assert checkpoint.load(results.run_folder(config) / "checkpoint").state["step"] == 2
 
 
 def test_evaluation_guard_workers_and_log_change_no_number(tmp_path):
-    plain = {"finetuning": {"method": "dr2net", "guard_every_epochs": 0}, "run": {"evaluate_every_epochs": 0}}
+    plain = {"finetuning": {"method": "dr2net", "check_every_epochs": None}, "run": {"evaluate_every_epochs": None}}
     busy = {
         "finetuning": {"method": "dr2net"},
         "run": {"num_workers": 1, "log_every_steps": 1, "save_every_steps": 3},
@@ -294,7 +322,7 @@ def test_a_shortened_run_continues_to_the_uninterrupted_result(tmp_path):
     whole, short = toy_config(tmp_path / "whole"), toy_config(tmp_path / "short", {"run": {"max_steps": 6}})
     train(whole)
     train(short)
-    record = train(replace(short, run=replace(short.run, max_steps=0)))
+    record = train(replace(short, run=replace(short.run, max_steps=None)))
     for kind in ("model", "optimizer", "ema"):
         assert_same(final_weights(whole, kind), final_weights(short, kind))
     assert [entry["epoch"] for entry in record.curve] == [1, 2, 2, 3]  # the shortened run evaluated in epoch 2
@@ -328,17 +356,12 @@ def test_seeding_covers_all_generators_and_differs_by_step_and_process():
 def test_the_model_gets_its_forward_back(tmp_path):
     config = toy_config(tmp_path, {"optimization": {"precision": "bf16", "epochs": 1}})
     model = Toy()
-    loaders = Loaders(
-        train=build_loader(Points(8), batch_size=4, seed=0, train=True, num_workers=0, collate=collate),
-        val=build_loader(Points(4), batch_size=4, seed=0, train=False, num_workers=0, collate=collate),
-    )
-    fit(config, model, criterion, loaders, evaluate)
-    x = torch.randn(2, 8)
-    assert model.head(x).dtype == torch.float32
+    fit(config, model, loaders_of(config), evaluate)
+    assert model.head(torch.randn(2, 4, 8)).dtype == torch.float32
     assert model({"x": torch.randn(1, 4, 8)}).grad_fn is not None
     assert "forward" not in vars(model) or model.forward.__func__ is Toy.forward
 
 
 def test_run_folder_is_named_by_task_row_and_seed(tmp_path):
     config = toy_config(tmp_path, {"run": {"seed": 3}})
-    assert results.run_folder(config) == Path(tmp_path) / "toy_training" / "toy_vit_conventional" / "seed3"
+    assert results.run_folder(config) == Path(tmp_path) / "toy_task" / "toy_vit_conventional" / "seed3"

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from toy_training import WIDTH, Backbone, Toy, criterion, toy_config, train
+from toy_task.data import WIDTH
+from toy_task.model import Backbone, Toy
+from toy_training import toy_config, train
 
 from dr2net import memory
+from engine import task
 from engine.config import METHODS, Finetuning, Optimization
 from engine.records import record as results
 from engine.training import checkpoint
@@ -30,7 +32,7 @@ def one_thread():
 
 
 def config_of(folder: Path, method: str, in_backward: bool = True, **run: int) -> Any:
-    recipe = {"in_backward": in_backward, "clip_norm": 0.0, "layer_decay": 0.5, "epochs": 2}
+    recipe = {"in_backward": in_backward, "clip_norm": None, "layer_decay": 0.5, "epochs": 2}
     changes = {"finetuning": {"method": method}, "optimization": recipe, "run": {**ONE_FORWARD, **run}}
     return toy_config(folder, changes)
 
@@ -69,9 +71,9 @@ def test_it_is_refused_where_gradients_belong_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["conventional", "checkpointed", "dr2net"])
 def test_gradients_are_never_all_alive_at_once(method: str) -> None:
-    model = nn.Module()
-    model.backbone, model.num_layers = Backbone(depth=12, dropout=0.0), 1
-    apply_method(model.backbone, Finetuning(method=method))
+    model = task.Model()
+    model.backbone = Backbone(depth=12, dropout=0.0)
+    apply_method(model, Finetuning(method=method))
     optimizer = build_optimizer(model, Optimization())
     set_learning_rate(optimizer, 1e-3)
 
@@ -98,8 +100,6 @@ def test_the_prediction_of_a_row_has_the_optimizer_in_backward_too(tmp_path: Pat
     def batch() -> dict[str, torch.Tensor]:
         return {"x": torch.randn(8, 4, WIDTH), "label": torch.zeros(8, dtype=torch.long)}
 
-    ours, ordinary = (
-        plan_row(config_of(tmp_path, "checkpointed", on), Toy(depth=12), criterion, batch) for on in (True, False)
-    )
+    ours, ordinary = (plan_row(config_of(tmp_path, "checkpointed", on), Toy(depth=12), batch) for on in (True, False))
     assert ours.memory["gradients"] < ordinary.memory["parameters"] / 4
     assert ours.memory["peak"] < ordinary.memory["peak"]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from toy_training import toy_config
 
-from engine.config import METHODS, Finetuning
+from engine.config import METHODS
 from engine.records import provenance, tables
 from engine.records import record as results
 from engine.records.record import Record
@@ -21,14 +21,16 @@ MIB = 2**20
 
 def make_record(tmp_path: Path, method: str = "dr2net", seed: int = 0, accuracy: float = 80.0) -> Record:
     config = toy_config(tmp_path / "runs", {"finetuning": {"method": method}, "run": {"seed": seed}})
-    peak = {"conventional": 5000, "frozen": 300, "checkpointed": 1200, "reversible": 900, "dr2net": 930}[method] * MIB
+    peak = {"conventional": 5000, "frozen": 300, "checkpointed": 1200, "reversible": 900}.get(method, 930) * MIB
     return results.build_record(
         config,
         metrics={"accuracy": accuracy, "other": 1.0},
         memory={"source": "measured", "peak": peak, "activations": peak // 2},
         seconds={"step": 0.25, "training": 10.0},
         device="cpu",
-        guard=[{"epoch": 0, "alpha": 1.0, "beta": 0.1, "error": 3e-7}] if method == "dr2net" else [],
+        guard=[{"epoch": 0, "alpha": 1.0, "beta": 0.1, "error": 3e-7}]
+        if method in ("dr2net", "dr2net_dynamic")
+        else [],
         curve=[{"epoch": 1, "loss": 0.1}],
     )
 
@@ -41,7 +43,7 @@ def planned(record: Record) -> Record:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A results folder with five methods, two seeds each, and one planned row."""
+    """A results folder with all methods, two seeds each, and one planned row."""
     target = tmp_path / "results"
     target.mkdir()
     (target / "published.json").write_text((ROOT / "results" / "published.json").read_text())
@@ -66,9 +68,9 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def test_a_record_says_where_it_comes_from(tmp_path):
     record = make_record(tmp_path)
-    assert (record.task, record.row, record.status) == ("toy_training", "toy_vit_dr2net", "tiny")
+    assert (record.task, record.row, record.status) == ("toy_task", "toy_vit_dr2net", "tiny")
     assert record.versions["torch"] and record.commit and record.command
-    assert record.config["finetuning"]["start"] == list(Finetuning().start)
+    assert record.config["finetuning"]["schedule"]["start"] == [7 / 8, 1 / 8]
     json.dumps(record.config)
 
 
@@ -79,7 +81,7 @@ def test_a_run_is_finished_only_with_the_same_config_and_code(tmp_path, monkeypa
     results.write_record(record, results.run_folder(config))
     assert results.is_finished(config)
     assert results.is_finished(replace(config, run=replace(config.run, num_workers=7, log_every_steps=1)))
-    assert not results.is_finished(replace(config, dropout=0.3))
+    assert not results.is_finished(replace(config, model=replace(config.model, dropout=0.3)))
     assert not results.is_finished(replace(config, run=replace(config.run, micro_batch=2)))
     monkeypatch.setattr(results, "sources_hash", lambda task: "other code")
     assert not results.is_finished(config)
@@ -89,8 +91,8 @@ def test_prose_does_not_change_the_code_hash_but_code_does():
     code = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
     assert provenance._code(code) == provenance._code("def f(x):\n    return x + 1\n")
     assert provenance._code(code) != provenance._code("def f(x):\n    return x + 2\n")
-    assert provenance.sources_hash("toy_training") == provenance.sources_hash("toy_training")
-    assert provenance.sources_hash("toy_training") != provenance.sources_hash("no_such_task")
+    assert provenance.sources_hash("toy_task") == provenance.sources_hash("toy_task")
+    assert provenance.sources_hash("toy_task") != provenance.sources_hash("no_such_task")
 
 
 def test_publishing_replaces_the_same_seed_and_drops_another_recipe(tmp_path):
@@ -101,11 +103,11 @@ def test_publishing_replaces_the_same_seed_and_drops_another_recipe(tmp_path):
     assert results.read_row(path) == [better, second]
     changed = replace(first, config={**first.config, "dropout": 0.9})
     results.publish([changed], tmp_path)
-    assert results.read_records("toy_training", tmp_path) == [changed]
+    assert results.read_records("toy_task", tmp_path) == [changed]
 
 
 def test_lines_summarise_seeds(folder):
-    lines = tables.group_lines(results.read_records("toy_training", folder))["toy_vit"]
+    lines = tables.group_lines(results.read_records("toy_task", folder))["toy_vit"]
     assert [line.method for line in lines] == list(METHODS)
     assert (lines[0].mean, lines[0].num_seeds) == (81.0, 2)
     assert lines[0].std == pytest.approx(2**0.5)
@@ -113,25 +115,25 @@ def test_lines_summarise_seeds(folder):
 
 
 def test_variants_of_a_method_stand_behind_the_methods_and_outside_the_figure(tmp_path, folder):
-    plain = tables.group_lines(results.read_records("toy_training", folder))["toy_vit"]
+    plain = tables.group_lines(results.read_records("toy_task", folder))["toy_vit"]
     tables.draw("toy_vit", plain, tmp_path / "plain.png")
     record = make_record(tmp_path, accuracy=70.0)
     names = ["toy_vit_dr2net_constant_1_64", "toy_vit_dr2net_float"]
     results.publish([replace(record, row=name) for name in names], folder)
-    records = results.read_records("toy_training", folder)
+    records = results.read_records("toy_task", folder)
     lines = tables.group_lines(records)["toy_vit"]
-    assert lines[:5] == plain and [line.row for line in lines[5:]] == names
-    assert [line.setting for line in lines[4:]] == ["", "constant_1_64", "float"]
+    assert lines[:6] == plain and [line.row for line in lines[6:]] == names
+    assert [line.setting for line in lines[5:]] == ["", "constant_1_64", "float"]
     tables.draw("toy_vit", lines, tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
-    assert not tables.has_figure([plain[0], *lines[5:]])
+    assert not tables.has_figure([plain[0], *lines[6:]])
     text = io.StringIO()
     tables.print_table(records, Console(file=text, width=120))
     assert "\n  dr2net_constant_1_64  " in text.getvalue() and "toy_vit_dr2net" not in text.getvalue()
 
 
 def test_a_planned_row_shows_predicted_memory_and_dashes(folder):
-    (line,) = tables.group_lines(results.read_records("toy_training", folder))["big_vit"]
+    (line,) = tables.group_lines(results.read_records("toy_task", folder))["big_vit"]
     assert tables.cells(line) == [
         "big_vit_dr2net", "-", "7,000 (predicted)", "6,000 (predicted)", "-", "-", "-", "not run",
     ]  # fmt: skip
@@ -152,7 +154,7 @@ def test_further_metrics_have_columns_of_their_own_behind_the_first(tmp_path):
 
 def test_the_terminal_table_shows_every_method(folder):
     text = io.StringIO()
-    tables.print_table(results.read_records("toy_training", folder), Console(file=text, width=120))
+    tables.print_table(results.read_records("toy_task", folder), Console(file=text, width=120))
     for word in (*METHODS, "81.0 ± 1.4", "5,000", "3.0e-07", "7,000 (predicted)"):
         assert word in text.getvalue()
 
@@ -162,7 +164,7 @@ def test_the_readme_and_figures_are_written_and_reproducible(folder):
     assert [path.name for path in written] == ["toy_vit.png", "README.md"]
     text = (folder / "README.md").read_text()
     assert "| toy_vit_dr2net | 81.0 ± 1.4 | 1.0 | 930 | 465 | 0.25 | 3.0e-07 | 2 | tiny |" in text
-    assert "![toy_vit: metric against peak memory](toy_training/toy_vit.png)" in text
+    assert "![toy_vit: metric against peak memory](toy_task/toy_vit.png)" in text
     assert "| COCO 2017 | DINO 4-scale, R50, 12 epochs | AP | 49.2 | - | detrex README |" in text
     assert written[0].read_bytes().startswith(b"\x89PNG")
     tables.write_all(folder)

@@ -55,7 +55,7 @@ def example_batch(config: Config) -> Batch:
     """Shapes of a training batch."""
     num_samples = config.run.micro_batch
     return {
-        "x": torch.zeros(num_samples, 4, WIDTH),
+        "x": torch.randn(num_samples, 4, WIDTH),
         "label": torch.zeros(num_samples, dtype=torch.long),
         "name": ["example"] * num_samples,
     }
