@@ -2,27 +2,31 @@
 
     bash scripts/table_schedule.sh             # trains the rows, publishes them, then runs
     python -m action_recognition.table_schedule           # results/action_recognition/schedule.{md,png} of the Records
-    python -m action_recognition.table_schedule --list 0 1 2        # <row> <seed> <finished|open>
+    python -m action_recognition.table_schedule --train [--seeds 0 1 2]         # trains what is not finished first
 
 Stored bits are counted per element of the stream and per branch, at the moment of the schedule that stores most.
 """
 
 import argparse
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-from action_recognition.configs import SCHEDULES, row
+from action_recognition.configs import ROWS, SETTINGS
 from dr2net.exact import rational, remainder_bits
 from engine.config import Finetuning
-from engine.records.record import Record, is_finished, read_records
+from engine.records.record import Record, read_records
 from engine.records.tables import DASH, Line, markdown_table, mebibytes, summarise
-from engine.training.finetuning import coefficients
+from engine.rows import find_row, run_rows
+from engine.training.finetuning import coefficients, inverts
 
 FAMILY = "motion_vits"
 REFERENCES = ("conventional", "reversible")  # trained with the same seeds
-ROWS = [f"{FAMILY}_{name}" for name in (*REFERENCES, "dr2net", "dr2net_float", *(f"dr2net_{s}" for s in SCHEDULES))]
-SHOWN = [*ROWS, f"{FAMILY}_checkpointed"]  # the last if reproduce.sh has trained it
+NAMES = (*REFERENCES, "dr2net", "dr2net_float", *(f"dr2net_{setting}" for setting in SETTINGS))
+SETTING_ROWS = [f"{FAMILY}_{name}" for name in NAMES]
+SHOWN = [*SETTING_ROWS, f"{FAMILY}_checkpointed"]  # the last if reproduce.sh has trained it
 CHECKPOINTING_BITS = 32 / 2  # a float32 block input for two branches
 GROUPS = (  # legend, setting, colour (Okabe and Ito), marker, filled
     ("constant (1 - beta, beta), named by beta;\nbold: the row motion_vits_dr2net", None, "#009E73", "o", True),
@@ -41,26 +45,25 @@ def stored_bits(finetuning: Finetuning) -> float | None:
     """Bits per element and branch, the most over the schedule; None for a method that keeps all activations."""
     if finetuning.method == "checkpointed":
         return CHECKPOINTING_BITS
-    if finetuning.method not in ("reversible", "dr2net"):
+    if not inverts(finetuning):
         return None
-    if finetuning.inversion == "float":
+    if finetuning.options.inversion == "float":
         return 0
     return max(remainder_bits(rational(coefficients(finetuning, k / 100)[1])) for k in range(101))
 
 
-def finetuning_of(record: Record) -> Finetuning:
-    """The finetuning settings with which a Record was made."""
-    return Finetuning(**record.config["finetuning"])
-
-
 def describe(finetuning: Finetuning) -> str:
     """The coefficients in words."""
-    if finetuning.method != "dr2net":
-        return "(0, 1)" if finetuning.method == "reversible" else DASH
-    start, end = (f"({alpha:.4g}, {beta:.4g})" for alpha, beta in (finetuning.start, finetuning.end))
-    if finetuning.path == "constant":
-        return start
-    return f"{start} to {end} at {finetuning.until:g}, {finetuning.path}"
+    schedule = finetuning.schedule
+    if schedule is None:
+        return DASH
+    start, end = (f"({alpha:.4g}, {beta:.4g})" for alpha, beta in (schedule.start, schedule.end))
+    return start if start == end else f"{start} to {end} at {schedule.until:g}, {schedule.path}"
+
+
+def is_constant(finetuning: Finetuning) -> bool:
+    """Whether the coefficients rest throughout."""
+    return finetuning.schedule is not None and finetuning.schedule.start == finetuning.schedule.end
 
 
 def collect(records: Iterable[Record]) -> list[tuple[Line, Finetuning]]:
@@ -69,7 +72,7 @@ def collect(records: Iterable[Record]) -> list[tuple[Line, Finetuning]]:
     for record in records:
         if record.metrics:
             runs.setdefault(record.row, []).append(record)
-    return [(summarise(runs[name]), finetuning_of(runs[name][0])) for name in SHOWN if name in runs]
+    return [(summarise(runs[name]), find_row(ROWS, name).finetuning) for name in SHOWN if name in runs]
 
 
 def markdown(found: list[tuple[Line, Finetuning]]) -> str:
@@ -78,12 +81,12 @@ def markdown(found: list[tuple[Line, Finetuning]]) -> str:
     titles += ["stored bits", "peak MiB", "s/step"]
     rows = []
     for line, finetuning in found:
-        bits, reversible = stored_bits(finetuning), finetuning.method in ("reversible", "dr2net")
+        bits = stored_bits(finetuning)
         rows.append(
             [
                 line.row.removeprefix(f"{FAMILY}_"),
                 describe(finetuning),
-                finetuning.inversion if reversible else DASH,
+                finetuning.options.inversion if inverts(finetuning) else DASH,
                 f"{line.mean:.1f}" + (f" ± {line.std:.1f}" if line.std is not None else ""),
                 str(line.num_seeds),
                 DASH if line.gradient_error is None else f"{line.gradient_error:.1e}",
@@ -121,8 +124,8 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             if line.std:
                 axes.axhspan(line.mean - line.std, line.mean + line.std, color=colour, alpha=0.1, linewidth=0)
 
-    names = [name for name in ("dr2net", *SCHEDULES, "float") if name in lines]
-    constant = [name for name in names if lines[name][1].path == "constant"]
+    names = [name for name in ("dr2net", *SETTINGS, "float") if name in lines]
+    constant = [name for name in names if is_constant(lines[name][1])]
     names = [*constant, *(name for name in names if name not in constant)]
     places = places_of([(name, stored_bits(lines[name][1])) for name in names])
     for label, setting, colour, marker, filled in GROUPS:
@@ -149,7 +152,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             for index, (name, mean) in enumerate(zip(names, means, strict=True)):
                 side = 1 if index % 2 == 0 else -1  # above to the right, below to the left: neighbours would overlap
                 axes.annotate(
-                    "/".join(name.split("_")[1:]) or str(rational(lines[name][1].start[1])),
+                    "/".join(name.split("_")[1:]) or str(rational(coefficients(lines[name][1], 0.0)[1])),
                     (places[name], mean + side * (lines[name][0].std or 0)),
                     (-6 * side, 9 * side),
                     textcoords="offset points",
@@ -191,24 +194,28 @@ def places_of(bits: list[tuple[str, float]]) -> dict[str, float]:
     }
 
 
-def print_open(seeds: list[int]) -> None:
-    """One line per seed and row; by seed, so that an interrupted ablation is complete for the first seeds."""
-    for seed in seeds:
-        for name in ROWS:
-            config = row(name)
-            config = replace(config, run=replace(config.run, seed=seed))
-            print(name, seed, "finished" if is_finished(config) else "open")
+def train_rows(seeds: list[int], dry_run: bool, results: Path) -> None:
+    """Train what is not finished, and publish it."""
+    prepare = [sys.executable, "-m", "action_recognition.prepare", "--preset", "laptop"]
+    print("+", shlex.join(["python", *prepare[1:]]), flush=True)
+    if not dry_run:
+        subprocess.run(prepare, check=True, stdin=subprocess.DEVNULL)
+    configs = [find_row(ROWS, name) for name in SETTING_ROWS]
+    run_rows("action_recognition", configs, seeds=seeds, dry_run=dry_run, results=results)
 
 
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", type=int, nargs="+", metavar="SEED", help="print what is to be trained, only")
+    parser.add_argument("--train", action="store_true", help="train the rows that are not finished first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dry-run", action="store_true", help="with --train: print the commands only")
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args()
-    if options.list is not None:
-        print_open(options.list)
-        return
+    if options.train:
+        train_rows(options.seeds, options.dry_run, options.results)
+        if options.dry_run:
+            return
     found = collect(read_records("action_recognition", options.results))
     if not found:
         parser.error(f"no Record of {FAMILY} in {options.results}; run bash scripts/table_schedule.sh")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Set up, prepare the data, train every row of a preset, write the table and the figure.
+# Set up, prepare the data, train every row of a preset, write the tables and figures.
 #   bash scripts/reproduce.sh [task ...] [--preset tiny|laptop|paper] [--dry-run]
-# Without a task: every finished one. A row that this very code and config have already run is skipped.
+# Without a task: every one. A row that this very code and config have already run is skipped. Logic: engine/rows.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-VENV=${VENV:-.venv}
+export VENV=${VENV:-.venv}
 PRESET=tiny
-DRY_RUN=false
+DRY_RUN=()
 ALL_TASKS="action_detection vos action_recognition pointcloud detection"
 
 fail() {
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
         PRESET=$2
         shift
         ;;
-    --dry-run) DRY_RUN=true ;;
+    --dry-run) DRY_RUN=(--dry-run) ;;
     -h | --help)
         sed -n '2,4s/^# \{0,1\}//p' scripts/reproduce.sh
         exit 0
@@ -33,51 +33,18 @@ while [ $# -gt 0 ]; do
     shift
 done
 case "$PRESET" in tiny | laptop | paper) ;; *) fail "no preset '$PRESET'; there are tiny, laptop and paper" ;; esac
-if [ ${#tasks[@]} -eq 0 ]; then
-    for task in $ALL_TASKS; do
-        if [ -f "$task/configs.py" ]; then tasks+=("$task"); fi
-    done
-fi
+there=()
+for task in $ALL_TASKS; do
+    if [ -f "$task/configs.py" ]; then there+=("$task"); fi
+done
+[ ${#tasks[@]} -gt 0 ] || tasks=("${there[@]}")
 for task in "${tasks[@]}"; do
-    [ -f "$task/configs.py" ] || fail "no task '$task'; there are: $(ls -d $(printf '%s/configs.py ' $ALL_TASKS) 2>/dev/null | xargs -n1 dirname | xargs)"
+    [[ " ${there[*]} " == *" $task "* ]] || fail "no task '$task'; there are: ${there[*]}"
 done
 
-export VENV
 bash scripts/setup.sh
-python="$VENV/bin/python"
-
-run() {
-    echo "+ $*"
-    if [ "$DRY_RUN" = false ]; then "$@"; fi
-}
-
-prepare() { # task, flags of the rows' data
-    if [ "$PRESET" != paper ]; then
-        run "$python" -m "$1.prepare" --tiny
-        return
-    fi
-    local flags missing=false
-    while read -r flags; do
-        # shellcheck disable=SC2086 # flags are words
-        run "$python" -m "$1.prepare" $flags || missing=true
-    done <<<"$2"
-    if [ "$missing" = true ]; then
-        fail "the data of $1 is not complete; what is missing stands above, $1/README.md says how to get it"
-    fi
-}
-
+export PYTHONPATH="common:."
 for task in "${tasks[@]}"; do
-    rows=$("$python" -m scripts.rows "$task" "$PRESET")
-    [ -n "$rows" ] || fail "$task has no rows at the preset $PRESET"
-    if grep -q ' open ' <<<"$rows"; then
-        prepare "$task" "$(cut -d' ' -f4- <<<"$rows" | sort -u)"
-    fi
-    while read -r row seed state _; do
-        if [ "$state" = finished ]; then
-            echo "$row seed $seed: finished, skipped"
-        else
-            run "$python" -m "$task.train" "$row" --seed "$seed" </dev/null
-        fi
-    done <<<"$rows"
-    run "$python" -m engine.records.tables publish "$task"
+    "$VENV/bin/python" -m engine.rows "$task" --preset "$PRESET" --train "${DRY_RUN[@]}"
 done
+echo "reproduce.sh: ${tasks[*]} in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of action detection: ours beside the published numbers; paper-scale rows are predicted, not run.
-#   bash scripts/table_action_detection.sh [--dry-run]
+# The table of action detection: ours beside the published numbers; options as scripts/table_task.sh --help lists them.
+#   bash scripts/table_action_detection.sh [--preset tiny|laptop|paper] [--dry-run]
 set -euo pipefail
 exec bash "$(dirname "$0")/table_task.sh" action_detection "$@"

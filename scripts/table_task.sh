@@ -1,29 +1,18 @@
 #!/usr/bin/env bash
-# Predict the memory of every paper-scale row of a task (status "not run"), then write its table and figures.
-#   bash scripts/table_task.sh TASK [--dry-run]
-# Rows whose file is in results/ are skipped; delete the file to predict again.
+# The table of a task: ours beside the published numbers.
+#   bash scripts/table_<task>.sh [--preset tiny|laptop|paper] [--train] [--seeds 0 1] [--dry-run]
+# Default: the paper's rows, whose memory is predicted (status "not run"). Tiny and laptop rows are trained; paper rows
+# too with --train, which takes the data set and GPUs. What is finished is skipped. Logic: engine/rows.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export VENV=${VENV:-.venv}
-PYTHON=$VENV/bin/python
-TASK=${1:?usage: bash scripts/table_task.sh TASK [--dry-run]}
+TASK=${1:?usage: bash scripts/table_task.sh TASK [--preset P] [--train] [--dry-run]}
 shift
-DRY_RUN=false
-for argument in "$@"; do
-    case "$argument" in
-    --dry-run) DRY_RUN=true ;;
-    *) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
-    esac
-done
+case "${1:-}" in
+-h | --help)
+    sed -n '2,5s/^# \{0,1\}//p' scripts/table_task.sh
+    exit 0
+    ;;
+esac
 bash scripts/setup.sh
-
-rows=$("$PYTHON" -m scripts.rows "$TASK" paper)
-while read -r row _; do
-    if [ -f "results/$TASK/$row.json" ]; then
-        echo "$row: there already, skipped"
-    else
-        echo "+ $PYTHON -m $TASK.train $row --plan"
-        if [ "$DRY_RUN" = false ]; then "$PYTHON" -m "$TASK.train" "$row" --plan </dev/null; fi
-    fi
-done <<<"$rows"
-if [ "$DRY_RUN" = false ]; then "$PYTHON" -m engine.records.tables show "$TASK"; fi
+PYTHONPATH="common:." exec "$VENV/bin/python" -m engine.rows "$TASK" "$@"
