@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_detection.annotations import Annotations, Video, read_blocked, read_database
+from action_detection.annotations import LABELS, Annotations, Video, read_blocked, read_database
 from action_detection.configs import Config, Data
 from engine.config import Split
 from engine.data import transforms
+from engine.data.fingerprint import Files
 from engine.data.video import FrameCache, read_usable
 
 ANNOTATIONS = {"activitynet": "activity_net.v1-3.min.json", "thumos": "thumos_14_anno.json"}
@@ -125,6 +126,11 @@ class Windows:
             for i, name in enumerate(self.names)
             for number in range(1 if train else len(window_starts(data, videos[name].duration)))
         ]
+
+    def files(self) -> Files:
+        """The annotations, that of the class names, and the videos."""
+        own = [annotation_file(self.data), Path(self.data.root) / LABELS]
+        return Files([path for path in own if path.is_file()], [self.paths[name] for name in self.names])
 
     def __len__(self) -> int:
         return len(self.items)

@@ -24,6 +24,7 @@ from torch import Tensor
 from action_recognition.configs import Config, Data
 from engine.config import Split
 from engine.data import transforms
+from engine.data.fingerprint import Files
 from engine.data.video import FrameCache, VideoInfo, read_usable
 
 Subset = Literal["train", "validation"]
@@ -87,6 +88,13 @@ def read_class_names(data: Data) -> tuple[Path, list[str]]:
     return file, names
 
 
+def annotation_file(data: Data, subset: Subset) -> Path:
+    """Where the videos of a subset are listed; for the layout `folder` the folder itself."""
+    short = "train" if subset == "train" else "val"
+    names = {"ssv2": f"something-something-v2-{subset}.json", "folder": short}
+    return Path(data.root) / names.get(data.kind, f"{short}.csv")
+
+
 def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str]]:
     """The annotation file of a split, the videos in its order, and the names of those that are not on disk.
 
@@ -101,7 +109,7 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
     Raises ValueError naming file and entry for an unknown label.
     """
     root, indices = Path(data.root), {name: i for i, name in enumerate(_checked_names(data))}
-    short = "train" if subset == "train" else "val"
+    source, short = annotation_file(data, subset), "train" if subset == "train" else "val"
     entries: list[Entry] = []
     missing: list[str] = []
 
@@ -114,7 +122,6 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
             entries.append(Entry(name, path, indices[label]))
 
     if data.kind == "ssv2":
-        source = root / f"something-something-v2-{subset}.json"
         folder = root / "20bn-something-something-v2"
         files = {Path(file).stem: file for file in sorted(os.listdir(folder))} if folder.is_dir() else {}
         for number, item in enumerate(_load_json(source), start=1):
@@ -124,7 +131,6 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
             path = None if file is None else str(folder / file)
             add(source, item["id"], path, item["template"].replace("[", "").replace("]", ""))
     elif data.kind == "kinetics":
-        source = root / f"{short}.csv"
         tops = (root / short, root / "replacement")
         files = {
             file: os.path.join(folder, file) for top in tops for folder, _, found in os.walk(top) for file in found
@@ -133,11 +139,9 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
             add(source, name, files.get(f"{name}.mp4"), row["label"])
     elif data.kind == "folder":
-        source = root / short
         for path in sorted(source.glob("*/*")):
             add(source, f"{path.parent.name}/{path.name}", str(path), path.parent.name)
     else:
-        source = root / f"{short}.csv"
         for row in _load_csv(source, data.kind):
             path = root / row["path"]
             add(source, row["path"], str(path) if path.is_file() else None, row["label"])
@@ -163,9 +167,14 @@ class Clips:
     """Samples by key (index, draw): in training a list of `repeats` samples, in evaluation of one; see `collate`."""
 
     def __init__(self, data: Data, subset: Subset, *, train: bool, segments: int = 1, crops: int = 1) -> None:
-        self.data, self.train, self.segments, self.crops = data, train, segments, crops
+        self.data, self.subset, self.train, self.segments, self.crops = data, subset, train, segments, crops
         self.entries = read_entries(data, subset)
         self.cache = FrameCache(int(data.cache_gib * 2**30))
+
+    def files(self) -> Files:
+        """The annotation file, that of the class names, and the videos."""
+        sources = (annotation_file(self.data, self.subset), read_class_names(self.data)[0])
+        return Files([path for path in sources if path.is_file()], [entry.path for entry in self.entries])
 
     def __len__(self) -> int:
         return len(self.entries) * (1 if self.train else self.segments * self.crops)

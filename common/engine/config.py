@@ -86,7 +86,9 @@ class Optimization(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """Where and how a run happens; changing these must not change its numbers (seed excepted)."""
+    """Where and how a run happens; changing these must not change its numbers, but for the seed. With dropout or drop
+    path, `micro_batch` and the number of devices choose the masks, as a seed does: other digits, the same distribution.
+    """
 
     seed: Annotated[int, Range(low=0)] = 0
     output: Path = Path("runs")  # run folder is output / task / row / seed<seed>

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from engine.config import METHODS, Config, Method, Preset
+from engine.data.fingerprint import inputs_of
 from engine.records.record import is_finished, publish, read_records, read_runs
 from engine.records.tables import print_table, write_all
 
@@ -113,7 +114,7 @@ def run_rows(
                     )
                     continue
                 words += ["--plan"]
-            elif is_finished(own):
+            elif _finished(task, own):
                 print(f"{config.row} seed {seed}: finished, skipped")
                 continue
             else:
@@ -133,6 +134,18 @@ def run_rows(
         if path.suffix == ".md" or path.stem in groups:
             print(path)
     print(f"{task}: {len(configs)} rows in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _finished(task: str, config: Config) -> bool:
+    """Whether there is a Record of this config by this code, from the data as they are now where they are."""
+    if not is_finished(config):
+        return False
+    build_dataset = importlib.import_module(f"{task}.data").build_dataset
+    try:
+        datasets = {split: build_dataset(config, split) for split in ("train", "val")}
+    except (ValueError, OSError):
+        return True
+    return is_finished(config, inputs_of(config, datasets))
 
 
 def main() -> None:

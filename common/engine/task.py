@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from engine.config import Split
+from engine.data.fingerprint import Files
 
 Batch = dict[str, Any]
 Row = Any  # what `collect` returns per sample: small, on the CPU, picklable
@@ -62,6 +63,9 @@ class KeyedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: tuple[int, int]) -> Any: ...
+
+    def files(self) -> Files:
+        """The annotations and the files that the samples are read from: a run notices when they change."""
 
 
 class DataFile(Protocol[C]):

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "timm", "transformers", "accelerate", "safetensors")
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "timm", "transformers", "pytorchvideo", "accelerate", "safetensors"),
+    *("av", "decord"),  # which decide the pixels
+)
 OWN = ("dr2net", "engine")  # beside the task itself, the packages whose code decides a number
 PRESENTATION = ("engine.training.log", "engine.training.plan", "engine.records.tables")  # change no number of a run
 CHANGES = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)results")  # Records are no change of code
@@ -94,13 +97,16 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The commit of the sources; "unknown" outside git. `+changes`: tracked files outside results/ differ from it."""
+    """The commit of the sources; "unknown" where git does not track them, even inside somebody else's repository.
+    `+changes`: tracked files outside results/ differ from it.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git(*CHANGES) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -117,8 +123,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: torch.device, processes: int = 1) -> str:
     """What it ran on, for the Record."""
+    times = f"{processes} x " if processes > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+        return times + torch.cuda.get_device_name(device)
+    return f"{times}{device.type} {platform.machine()}, {torch.get_num_threads()} threads"

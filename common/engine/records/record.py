@@ -4,13 +4,14 @@
     results/<task>/<row>.json                the runs of a row, one per seed (committed): {row, task, method, preset,
     runs: [...]}
 
-A run is finished when its record was made with the same config by the same code: the hash covers the files that the
-training imports, so committing results, better prose or another task's code does not invalidate anything. Not here:
-tables, figures, and the command that publishes runs (`tables.py`).
+A run is finished when its record was made with the same config by the same code from the same data and weights: the
+hash covers the files that the training imports, so committing results, better prose or another task's code does not
+invalidate anything. Not here: tables, figures, and the command that publishes runs (`tables.py`).
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,8 @@ class Record:
     commit: str
     sources: str  # hash of the code, see `sources_hash`
     versions: dict[str, str]
-    device: str
+    device: str  # several, in their order, for a run that moved
+    inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of data and weights, see `inputs_of`
 
 
 def build_record(
@@ -59,6 +61,7 @@ def build_record(
     guard: list[dict[str, float]],
     curve: list[dict[str, float]],
     status: Status | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> Record:
     """A Record with the facts about config, code and machine filled in.
 
@@ -87,6 +90,7 @@ def build_record(
         sources=sources_hash(task),
         versions=versions(),
         device=device,
+        inputs=dict(inputs or {}),
     )
 
 
@@ -100,23 +104,27 @@ def run_folder(config: Any) -> Path:
     return Path(config.run.output) / task_of(config) / config.row / f"seed{config.run.seed}"
 
 
-def finished_record(config: Any, folder: Path | None = None) -> Record | None:
-    """The Record of this very config by this very code in the run folder, or None."""
-    path = (folder or run_folder(config)) / "record.json"
+def finished_record(config: Any, inputs: Mapping[str, str] | None = None) -> Record | None:
+    """The Record of this very config by this very code in the run folder, or None. inputs: also from these very data
+    and weights (`inputs_of`); None: whichever.
+    """
+    path = run_folder(config) / "record.json"
     if not path.exists():
         return None
     record = read_record(path)
     same = _essential(record.config) == _essential(to_json(config)) and record.sources == sources_hash(task_of(config))
-    return record if same else None
+    return record if same and inputs in (None, record.inputs) else None
 
 
-def is_finished(config: Any, folder: Path | None = None) -> bool:
+def is_finished(config: Any, inputs: Mapping[str, str] | None = None) -> bool:
     """Whether training this config again would be in vain."""
-    return finished_record(config, folder) is not None
+    return finished_record(config, inputs) is not None
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Write `record.json` into a run folder, atomically and synced."""
+    """Write `record.json` into a run folder, atomically and synced. ValueError for one without metrics."""
+    if not record.metrics and record.status != "not run":
+        raise ValueError(f"{folder}: the run of {record.row} has no metrics, so nothing is recorded of it")
     for left in folder.glob(".record.json.*.tmp"):  # by processes that were killed
         left.unlink(missing_ok=True)
     return _write(folder / "record.json", asdict(record))

@@ -14,13 +14,16 @@ Not here: what is learned (model), where batches come from (data), the step itse
 
 import statistics
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from dr2net.memory import process_peak
 from engine.config import Config
 from engine.data.loader import Loaders, build_loader, key_batches, steps_of, to_device
+from engine.records.origin import origin_of
 from engine.records.provenance import command_line, device_name
 from engine.records.record import Record, build_record, finished_record, run_folder, write_record
 from engine.task import Batch, DataFile, EvaluateFile, Model
@@ -29,10 +32,11 @@ from engine.training.devices import build_accelerator, mean_over_devices, set_se
 from engine.training.ema import EMA
 from engine.training.evaluation import collect_rows, score_once
 from engine.training.finetuning import apply_method, check_gradient, coefficients, inverts, set_coefficients, set_mode
-from engine.training.log import Log
+from engine.training.lock import locked
+from engine.training.log import Log, say
 from engine.training.optimization import build_optimizer, learning_rate, refuse_in_backward, set_learning_rate
 from engine.training.signals import stop_signals
-from engine.training.state import State, resume, save
+from engine.training.state import State, may_resume, resume, save
 from engine.training.step import Step, accumulation_steps
 
 NUM_WARMING_STEPS = 3  # first steps pay for allocation and kernel choice: not in the median time of a step
@@ -54,18 +58,24 @@ def build_loaders(config: Any, data: DataFile[Any]) -> Loaders:
 def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[Any]) -> Record:
     """Train as `config` says and leave `<output>/<task>/<row>/seed<k>/{record.json, checkpoint/, tensorboard/}`.
 
-    A finished run (same config, same code) is returned as it is; an interrupted one is continued if `run.resume`.
-    Raises ValueError for settings that do not fit, FloatingPointError for a non-finite loss (the last checkpoint
-    stays), SystemExit(130) after Ctrl-C (143 after SIGTERM), when the step is finished and saved.
+    A finished run (same config, code, data and weights) is returned as it is; an interrupted one is continued if
+    `run.resume`; one that ended under another origin (`records/origin.py`) is made anew.
+    Raises ValueError for settings that do not fit, for another origin in the middle of a run and for a folder in which
+    another process trains, FloatingPointError for a non-finite loss (the last checkpoint stays), SystemExit(130) after
+    Ctrl-C (143 after SIGTERM), when the step is finished and saved.
     """
+    accelerator = build_accelerator(config.run.device, config.optimization.precision)
+    with locked(run_folder(config)) if accelerator.is_main_process else nullcontext():
+        return _fit(config, model, loaders, evaluate, accelerator)
+
+
+def _fit(
+    config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[Any], accelerator: Accelerator
+) -> Record:
     recipe, run, finetuning = config.optimization, config.run, config.finetuning
-    accelerator = build_accelerator(run.device, recipe.precision)
     device, main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
-    folder = run_folder(config)
-    if run.resume and (finished := finished_record(config)) is not None:
-        accelerator.print(f"{config.row} seed {run.seed}: finished with this config and code, see {folder}")
-        return finished
+    title, folder = f"{config.row} seed {run.seed}", run_folder(config)
 
     # How many forwards make a step, and how many steps the training.
     accumulation = accumulation_steps(recipe.global_batch, run.micro_batch, world)
@@ -74,6 +84,19 @@ def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[A
     steps_per_epoch = count_steps(loaders, recipe.global_batch, run.micro_batch)
     total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
     last_step = min(total_steps, run.max_steps or total_steps)
+
+    # Is there a run already, and may this one go on from it?
+    origin = origin_of(config, {"train": loaders.train.dataset, "val": loaders.val.dataset}, total_steps)
+    saved = folder / "checkpoint"
+    resumes = run.resume and checkpoint.exists(saved)
+    if run.resume and (finished := finished_record(config, origin.inputs)) is not None:
+        say(f"{title}: finished with this config and code, see {folder}", main)
+        return finished
+    if resumes and (why := may_resume(saved, config, origin, last_step)):
+        say(f"{title}: the finished run in {folder} is not what this command gives ({why}): training anew", main)
+        resumes = False
+    if main:
+        checkpoint.delete_unnamed(saved)
 
     # What the evaluation lacks is to be known before the training, not after it.
     truth = evaluate.read_truth(config)
@@ -89,9 +112,12 @@ def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[A
     check_batch = to_device(first_samples(loaders), device) if checked else {}
 
     # Where the run stands.
-    state, saved = State(), folder / "checkpoint"
-    if run.resume and checkpoint.exists(saved):
-        state = resume(saved, config, model, optimizer, ema, accelerator)
+    state = resume(saved, model, optimizer, ema, accelerator) if resumes else State()
+    if resumes:
+        say(f"continuing from step {state.step} of {saved}", main)
+    here = device_name(device, world)
+    if here not in state.devices:
+        state.devices.append(here)
     step = Step(config, model, parallel, optimizer, prepared, accelerator, accumulation, saved)
     # Memory is measured at the second step, the first that finds an optimizer state; if coefficients move, also where
     # they end.
@@ -99,7 +125,6 @@ def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[A
     if coefficients(finetuning, 0.0) != coefficients(finetuning, 1.0):
         measured.add(last_step - 1)
 
-    title = f"{config.row} seed {run.seed}"
     log = Log(
         folder,
         title,
@@ -171,7 +196,7 @@ def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[A
 
             # The checkpoint, and the end if somebody asked for it.
             if state.step % (run.save_every_steps or steps_per_epoch) == 0 or done or stop:
-                save(saved, config, state, model, optimizer, ema, accelerator, state.step / total_steps)
+                save(saved, config, state, model, optimizer, ema, accelerator, origin)
             if stop and not done:
                 log.note(f"stopped after step {state.step} of {total_steps}, saved in {saved}.")
                 log.note(f"To resume: {command_line()}")
@@ -184,9 +209,10 @@ def fit(config: Config, model: Model, loaders: Loaders, evaluate: EvaluateFile[A
         metrics=state.metrics,
         memory={"source": "measured", **state.memory, "process": process_peak()},
         seconds={"step": step_seconds, **state.seconds},
-        device=device_name(device),
+        device=", then ".join(state.devices),
         guard=state.guard,
         curve=state.curve,
+        inputs=origin.inputs,
     )
     if main:
         write_record(record, folder)

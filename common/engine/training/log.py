@@ -20,6 +20,13 @@ from torch.utils.data import DataLoader
 LOST = (OSError, ValueError, SystemExit)
 
 
+def say(text: str, speak: bool = True) -> None:
+    """Print a line outside of a log, for whoever hears it."""
+    if speak:
+        with suppress(*LOST):
+            print(text, flush=True)
+
+
 class Log:
     """Context manager around a run. `total` and `done` count optimizer steps, `samples` is the global batch."""
 

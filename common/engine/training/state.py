@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.config import Config
+from engine.records.origin import Origin, refuse_other_origin
 from engine.records.record import refuse_other_recipe
 from engine.settings import to_json
 from engine.training import checkpoint
@@ -27,6 +28,7 @@ class State:
     alpha: float | None = None  # coefficients of the last step
     beta: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated: int = 0  # the step of it
     curve: list[dict[str, float]] = field(default_factory=list)  # per epoch: losses, learning rate, metrics
     guard: list[dict[str, float]] = field(default_factory=list)  # per gradient check
     memory: dict[str, Any] | None = None  # of the step with the highest peak
@@ -34,6 +36,7 @@ class State:
     durations: list[float] = field(default_factory=list)  # seconds of the last steps
     running: dict[str, float] = field(default_factory=dict)  # sums of losses since the epoch began
     running_steps: int = 0
+    devices: list[str] = field(default_factory=list)  # on which it ran, in their order
 
     def add_losses(self, losses: dict[str, float]) -> None:
         """Count a step's mean losses towards the epoch's."""
@@ -49,7 +52,7 @@ class State:
             entry |= {"alpha": self.alpha, "beta": self.beta}
         if metrics is not None:
             assert not entry.keys() & metrics.keys(), f"a metric is named as a loss: {[*entry, *metrics]}"
-            self.metrics = metrics
+            self.metrics, self.evaluated = metrics, self.step
             entry |= metrics
         self.curve.append(entry)
         self.running, self.running_steps = {}, 0
@@ -68,7 +71,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
     accelerator: Accelerator,
-    progress: float,
+    origin: Origin,
 ) -> None:
     """Write the run's checkpoint from the main process; every process waits for it."""
     if accelerator.is_main_process:
@@ -76,27 +79,46 @@ def save(
         if ema is not None:
             tensors["ema"] = ema.tensors
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        identity = {"row": config.row, "seed": config.run.seed, "config": to_json(config)}
-        checkpoint.save(folder, tensors, {**asdict(state), "progress": progress, "scaler": scaler, **identity})
+        identity = {"row": config.row, "seed": config.run.seed, "config": to_json(config), "origin": asdict(origin)}
+        checkpoint.save(folder, tensors, {**asdict(state), "scaler": scaler, **identity})
     accelerator.wait_for_everyone()
+
+
+def may_resume(folder: Path, config: Config, origin: Origin, last_step: int) -> str:
+    """Whether to go on from the checkpoint: "" if so, else why its run, which has ended, is to be made anew.
+
+    ValueError where neither would be right: another recipe, another origin in the middle of a run, or an end of the
+    training before the checkpoint.
+    """
+    kept = checkpoint.read_state(folder)
+    refuse_other_recipe(kept["config"], config, folder)
+    earlier, step = kept.get("origin", {}), kept["step"]  # earlier versions kept no origin
+    changes = origin.changes_since(earlier)
+    ends = [steps for steps in (earlier.get("total_steps"), kept["config"]["run"]["max_steps"]) if steps]
+    if changes and step >= min(ends, default=last_step):
+        return "; ".join(changes)
+    refuse_other_origin(changes, earlier, folder)
+    if step > last_step or (step == last_step != kept["evaluated"]):
+        raise ValueError(
+            f"--run.max-steps {last_step}: the checkpoint in {folder} is at step {step} already; give more, or "
+            "--run.no-resume to begin anew over it"
+        )
+    return ""
 
 
 def resume(
     folder: Path,
-    config: Config,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
     accelerator: Accelerator,
 ) -> State:
-    """Put everything where the checkpoint left it. ValueError when it was made with another recipe."""
+    """Put everything where the checkpoint left it. ValueError, naming the file, when it does not fit."""
     found = checkpoint.load(folder)
-    refuse_other_recipe(found.state["config"], config, folder)
     load_tensors(model, found.tensors["model"], str(folder))
     restore_optimizer(model, optimizer, found.tensors["optimizer"], str(folder))
     if ema is not None:
         ema.restore(found.tensors["ema"], str(folder))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found.state["scaler"])
-    accelerator.print(f"continuing from step {found.state['step']} of {folder}")
-    return State(**{entry.name: found.state[entry.name] for entry in fields(State)})
+    return State(**{entry.name: found.state[entry.name] for entry in fields(State) if entry.name in found.state})

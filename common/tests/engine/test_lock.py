@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_processes import LONG, NUM_STEPS, PATIENCE_SECONDS, finish, folder_of, start
 
+from engine.records.record import read_record
+from engine.training import checkpoint
 from engine.training.lock import locked
 
 HOLD = """
@@ -66,3 +69,25 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="no locks on this file system"), locked(tmp_path):
         pass
+
+
+def test_two_runs_started_together_lose_nothing(tmp_path):
+    runs = [start(tmp_path, LONG) for _ in range(2)]
+    texts = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in runs]
+    codes = [process.returncode for process in runs]
+    assert sorted(codes) == [0, 1], texts
+    loser = codes.index(1)
+    assert f"in use by process {runs[1 - loser].pid} on {socket.gethostname()}" in texts[loser]
+    record = read_record(folder_of(tmp_path, LONG).parent / "record.json")
+    assert record.curve[-1]["step"] == NUM_STEPS
+
+
+def test_two_runs_killed_together_leave_a_checkpoint_that_goes_on(tmp_path):
+    runs = [start(tmp_path, LONG) for _ in range(2)]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not checkpoint.exists(folder_of(tmp_path, LONG)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for process in runs:
+        process.kill()
+        process.communicate()
+    assert "continuing from step" in finish(start(tmp_path, LONG))

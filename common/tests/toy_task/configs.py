@@ -11,14 +11,15 @@ from engine.settings import Count, Settings, Share
 
 @dataclass(frozen=True, kw_only=True)
 class Data(engine_config.Data):
-    """Made on the fly. bad: the index of a sample that is NaN."""
+    """Made on the fly, but for files in `root`: labels.json, and count, how many training samples there are."""
 
     kind: str = "points"
     root: Path = Path("data/toy")
     num_classes: Count = 3
     num_train: Count = 32
     num_val: Count = 13
-    bad: int | None = None
+    bad: int | None = None  # the index of a sample that is NaN
+    weights: str | None = None  # a file that nothing reads
 
 
 @dataclass(frozen=True, kw_only=True)

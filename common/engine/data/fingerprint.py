@@ -1,0 +1,72 @@
+"""What a run was fed, as short words that change when it does: samples, annotations, the files that its settings name.
+
+    inputs_of(config, {"train": dataset, "val": dataset})
+    # {"train": "32 samples, 5d41402abc4b2a76", "val": "13 samples, ...", "model.weights": "7d793037a0760186"}
+
+Annotations and the files of settings (weights, class scores) count by their content, the files of samples by their
+names and sizes: a look, not hours of reading. Not here: what is done when one has changed (`records/origin.py`).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from engine.settings import to_json
+
+DIGITS = 16
+
+
+class Files(NamedTuple):
+    """The files a dataset's samples are made of, in an order that does not change by itself."""
+
+    annotations: Sequence[Path | str] = ()  # lists, labels, class names: read whole
+    samples: Sequence[Path | str] = ()  # videos, images: only their names and sizes
+
+
+class Dataset(Protocol):
+    """What `inputs_of` needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def files(self) -> Files: ...
+
+
+def inputs_of(config: Any, datasets: Mapping[str, Dataset]) -> dict[str, str]:
+    """One word per dataset and per file that the configuration names, other than the folders of data and output."""
+    words = {name: f"{len(dataset)} samples, {_of_files(dataset.files())}" for name, dataset in datasets.items()}
+    for name, text in _words(to_json(config)):
+        if name not in ("data.root", "run.output") and ("." in text or "/" in text) and Path(text).exists():
+            words[name] = _of_path(Path(text))
+    return words
+
+
+def _of_files(files: Files) -> str:
+    digest = hashlib.sha256()
+    for path in files.annotations:
+        digest.update(f"{Path(path).name} {_of_path(Path(path))}\n".encode())
+    # Below their common folder, so that a moved data set is the same one.
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files.samples] or ["/"])
+    for path in files.samples:
+        size = os.stat(path).st_size if os.path.exists(path) else "missing"
+        digest.update(f"{os.path.relpath(path, top)} {size}\n".encode())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _of_path(path: Path) -> str:
+    """Of the content of a file, or of the files in a folder."""
+    if path.is_dir():
+        inside = sorted(child for child in path.iterdir() if child.is_file())
+        return hashlib.sha256(" ".join(f"{c.name} {_of_path(c)}" for c in inside).encode()).hexdigest()[:DIGITS]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
+def _words(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The words in a configuration's JSON, by dotted name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _words(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, str):
+        yield prefix, value
