@@ -25,6 +25,7 @@ from action_detection.configs import Config, Detection
 from action_detection.data import read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
 from action_detection.ops import Window, soft_nms
+from engine.command_line import parse, run_command
 from engine.settings import Settings
 from engine.task import Batch, Model
 
@@ -202,9 +203,7 @@ class Files(Settings):
 
 def score_files(words: list[str]) -> None:
     """The command line that compares two files."""
-    import tyro
-
-    files = tyro.cli(Files, args=words)
+    files = parse(Files, words)
     tiou = parse_tiou(files.tiou)
     blocked = read_blocked(files.blocked) if files.blocked else ()
     result = evaluate_files(
@@ -221,6 +220,6 @@ if __name__ == "__main__":
     from engine import commands
 
     if any(word.startswith(("--ground-truth", "--predictions")) for word in sys.argv):
-        commands.run_command(score_files)
+        run_command(score_files)
     else:
         commands.evaluate(Config, model, data, evaluate)

@@ -11,9 +11,6 @@ user can mend is one line and exit code 1; anything else is a fault of the progr
 """
 
 import argparse
-import contextlib
-import io
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +19,12 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
+from engine.command_line import parse, run_command
 from engine.config import METHODS, Config, Preset, Split
 from engine.data.check import Check
 from engine.data.loader import build_loader
 from engine.data.workers import tracked
+from engine.records.record import task_of
 from engine.rows import find_row, rows_of_preset, with_method
 from engine.settings import Count, Settings, from_json
 from engine.task import DataFile, EvaluateFile, Model, ModelFile
@@ -39,16 +38,7 @@ from engine.training.plan import plan_row, publish_plan
 C = TypeVar("C", bound=Config)
 P = TypeVar("P", bound="Prediction")
 Q = TypeVar("Q", bound="Preparation")
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowError)
 Device = Literal["auto", "cpu", "cuda"]
-
-
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main` on the command line's words. What a user can mend is one line and exit code 1."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except USER_ERRORS as error:
-        sys.exit(f"error: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def train(
@@ -81,7 +71,7 @@ def evaluate(
         device: Device = "auto"
 
     def main(words: list[str]) -> None:
-        arguments = _parse(Arguments, words)
+        arguments = parse(Arguments, words)
         config, network = load_run(arguments.run, config_type, model, root=arguments.root)
         accelerator = build_accelerator(arguments.device, config.optimization.precision)
         network.to(accelerator.device)
@@ -127,7 +117,7 @@ def predict(
     """
 
     def main(words: list[str]) -> None:
-        arguments = _parse(arguments_type, words)
+        arguments = parse(arguments_type, words)
         if not arguments.input.exists():
             raise FileNotFoundError(f"{arguments.input}: no such file")
         config, network = load_run(arguments.run, config_type, model, root=arguments.root)
@@ -166,7 +156,7 @@ def prepare(
     """Compose, download or check data. The exit status is 0 only if everything is there (`Check.failed`)."""
 
     def main(words: list[str]) -> int:
-        arguments = _parse(arguments_type, words)
+        arguments = parse(arguments_type, words)
         if arguments.preset in ("tiny", "laptop"):
             compose(arguments)
             return 0
@@ -233,27 +223,10 @@ def parse_config(rows: Mapping[str, Callable[[], C]], arguments: Sequence[str]) 
     if short.seed is not None:
         rest += ["--run.seed", str(short.seed)]
     config = find_row(rows, name)
-    parsed = _parse(type(config), rest, default=config, prog=f"train {name}")
+    parsed = parse(type(config), rest, default=config, prog=f"python -m {task_of(config)}.train {name}")
     if (parsed.row, parsed.finetuning.method) != (config.row, config.finetuning.method):
         raise ValueError("a row's name says its method: change them with `ROW --method METHOD`, not field by field")
     return parsed
-
-
-def _parse(kind: type[Any], words: Sequence[str], **how: Any) -> Any:
-    """The dataclass `kind` of a command line; ValueError, in one line, for words that make none."""
-    prefixed = "default" in how
-    markers = (tyro.conf.AvoidSubcommands,) if prefixed else (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=words, config=markers, **how)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro draws a box: its first paragraph, without the frame
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        rule = next((k for k, line in enumerate(lines) if line.startswith("───")), len(lines))
-        raise ValueError(f"{' '.join(lines[:rule])} (--help lists the flags)") from None
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:

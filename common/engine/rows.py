@@ -15,16 +15,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+import tyro
+
+from engine.command_line import parse, run_command
 from engine.config import METHODS, Config, Method, Preset
 from engine.data.fingerprint import inputs_of
 from engine.records.record import is_finished, publish, read_records, read_runs
 from engine.records.tables import print_table, write_all
+from engine.settings import Settings
 
 C = TypeVar("C", bound=Config)
 SEEDS: dict[Preset, tuple[int, ...]] = {"tiny": (0,), "laptop": (0, 1), "paper": (0,)}
@@ -148,44 +152,32 @@ def _finished(task: str, config: Config) -> bool:
     return is_finished(config, inputs_of(config, datasets))
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Arguments(Settings):
+    """Run the rows of a task's preset and show its tables."""
+
+    task: tyro.conf.Positional[str]  # the folder, such as action_recognition
+    preset: Preset = "paper"  # tiny and laptop are trained; paper is planned (its memory is predicted), unless --train
+    seeds: tuple[int, ...] = ()  # default: one for tiny and paper, two for laptop
+    train: bool = False  # train the paper rows, which takes the data set and GPUs
+    dry_run: bool = False  # print the commands only
+
+
+def main(words: list[str]) -> None:
     """The command line of this module."""
-    import tyro
-
-    def run(
-        task: tyro.conf.Positional[str],
-        preset: Preset = "paper",
-        seeds: tuple[int, ...] = (),
-        train: bool = False,
-        dry_run: bool = False,
-    ) -> None:
-        """Run the rows of a task's preset and show its tables.
-
-        Args:
-            task: the folder, such as action_recognition
-            preset: tiny and laptop are trained; paper is planned (its memory is predicted), unless --train
-            seeds: default: one for tiny and paper, two for laptop
-            train: train the paper rows, which takes the data set and GPUs
-            dry_run: print the commands only
-        """
-        configs = rows_of_preset(task_configs(task).ROWS, preset)
-        if not configs:
-            raise ValueError(f"{task} has no rows at the preset {preset}")
-        trains = train or preset != "paper"
-        if trains:
-            prepare = [sys.executable, "-m", f"{task}.prepare", "--preset", preset]
-            print("+", shlex.join(["python", *prepare[1:]]), flush=True)
-            if not dry_run:
-                subprocess.run(prepare, check=True, stdin=subprocess.DEVNULL)
-        run_rows(task, configs, seeds=seeds or SEEDS[preset], train=trains, dry_run=dry_run)
-
-    try:
-        tyro.cli(run, description=__doc__, prog="python -m engine.rows")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"{shlex.join(['python', *error.cmd[1:]])} failed, see above; the same command goes on from there")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    arguments = parse(Arguments, words, prog="python -m engine.rows")
+    task, preset = arguments.task, arguments.preset
+    configs = rows_of_preset(task_configs(task).ROWS, preset)
+    if not configs:
+        raise ValueError(f"{task} has no rows at the preset {preset}")
+    train = arguments.train or preset != "paper"
+    if train:
+        prepare = [sys.executable, "-m", f"{task}.prepare", "--preset", preset]
+        print("+", shlex.join(["python", *prepare[1:]]), flush=True)
+        if not arguments.dry_run:
+            subprocess.run(prepare, check=True, stdin=subprocess.DEVNULL)
+    run_rows(task, configs, seeds=arguments.seeds or SEEDS[preset], train=train, dry_run=arguments.dry_run)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -87,7 +87,7 @@ def build_loader(
     num_workers: int,
     collate: Callable[[list[Any]], dict[str, Any]],
 ) -> DataLoader:
-    """A DataLoader over `(index, seed)` keys; `batch_size` is per device and forward (`run.micro_batch`).
+    """A DataLoader over `(index, sample seed)` keys; `batch_size` is per device and forward (`run.micro_batch`).
 
     Raises ValueError for an empty dataset or a batch size below 1.
     """
@@ -96,7 +96,7 @@ def build_loader(
     if len(dataset) == 0:
         raise ValueError(f"the {'training' if train else 'validation'} set is empty; check the data folder (prepare)")
     return DataLoader(
-        dataset,  # type: ignore[arg-type]
+        Told(dataset) if num_workers else dataset,  # type: ignore[arg-type]
         batch_sampler=KeyBatches(len(dataset), batch_size, seed, train),
         num_workers=num_workers,
         collate_fn=collate,
@@ -105,6 +105,22 @@ def build_loader(
         # Workers start from this generator: making an iterator would otherwise advance the global one.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class Told:
+    """A dataset in a worker process: its errors are told in one sentence, since not every error can cross over."""
+
+    def __init__(self, dataset: KeyedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        try:
+            return self.dataset[key]
+        except USER_ERRORS as error:
+            raise ValueError(one_line(error)) from None
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

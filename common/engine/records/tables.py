@@ -14,15 +14,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from dr2net.styles import STYLES
+from engine.command_line import parse, run_command
 from engine.config import METHODS
 from engine.records.record import Record, publish, read_records, read_runs
+from engine.settings import Settings
 
 DASH = "-"
 MIB = 2**20
@@ -244,25 +247,25 @@ def write_all(results: Path) -> list[Path]:
     return written
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Arguments(Settings):
+    """Print the table of a task, write the figures and results/README.md anew."""
+
+    do: tyro.conf.Positional[Literal["show", "publish"]]  # publish: copy the finished runs into results/ first
+    task: tyro.conf.Positional[str]
+    runs: Path = Path("runs")
+    results: Path = Path("results")
+
+
+def main(words: list[str]) -> None:
     """The command line of this module."""
-    import tyro
-
-    def show(task: tyro.conf.Positional[str], results: Path = Path("results")) -> None:
-        """Print the table of a task, write the figures and results/README.md anew."""
-        print_table(read_records(task, results))
-        for path in write_all(results):
-            print(path)
-
-    def publish_runs(
-        task: tyro.conf.Positional[str], runs: Path = Path("runs"), results: Path = Path("results")
-    ) -> None:
-        """Copy the finished runs of a task into results/, then do as `show`."""
-        publish(read_runs(task, runs), results)
-        show(task, results)
-
-    tyro.extras.subcommand_cli_from_dict({"show": show, "publish": publish_runs})
+    arguments = parse(Arguments, words)
+    if arguments.do == "publish":
+        publish(read_runs(arguments.task, arguments.runs), arguments.results)
+    print_table(read_records(arguments.task, arguments.results))
+    for path in write_all(arguments.results):
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy_task.data import Points, collate
 
+from engine.command_line import one_line
 from engine.data.loader import KeyBatches, build_loader, gather, key_batches, sample_seed, to_device
 
 
@@ -76,3 +77,18 @@ def test_only_tensors_of_a_batch_move():
 
 def test_gather_without_devices_returns_the_rows():
     assert gather([1, 2]) == [1, 2]
+
+
+class Broken(Points):
+    """Every sample raises an error whose constructor takes more than a sentence."""
+
+    def __getitem__(self, key):
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, f"no text in sample{key[0]}")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_sample_is_one_line_also_from_a_worker(num_workers):
+    loader = build_loader(Broken(4, 3), batch_size=2, seed=0, train=False, num_workers=num_workers, collate=collate)
+    with pytest.raises(ValueError) as caught:
+        next(iter(loader))
+    assert one_line(caught.value).endswith("no text in sample0") and "Traceback" not in one_line(caught.value)

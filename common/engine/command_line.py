@@ -1,0 +1,57 @@
+"""Command lines that fail well: what a user can mend is one line on the standard error and exit code 1.
+
+    run_command(main)                            # main(words) -> exit code or None
+    arguments = parse(Arguments, words)          # a dataclass of the words; ValueError, in one line, if they make none
+
+Anything else is a fault of the program and keeps its traceback. Not here: what the commands do (`commands.py`).
+"""
+
+import contextlib
+import io
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowError)
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main` on the command line's words and exit."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except subprocess.CalledProcessError as error:  # which has said itself what is wrong
+        sys.exit(
+            f"error: {shlex.join(['python', *error.cmd[1:]])} failed, see above; the same command goes on from there"
+        )
+    except USER_ERRORS as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; of one that came from a loader's worker, what it said there."""
+    text = str(error).strip()
+    if "Original Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def parse(kind: Any, words: Sequence[str], *, default: Any = None, prog: str | None = None) -> Any:
+    """The dataclass (or the result of the function) `kind` of a command line; flags of a `default` have prefixes."""
+    how: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)}
+    if default is not None:
+        how = {"config": (tyro.conf.AvoidSubcommands,), "default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=words, prog=prog, **how)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro draws a box: its first paragraph, without the frame
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        rule = next((k for k, line in enumerate(lines) if line.startswith("───")), len(lines))
+        raise ValueError(f"{' '.join(lines[:rule])} (--help lists the flags)") from None
