@@ -22,7 +22,7 @@ MAX_LINES = 400
 ENGINE = ROOT / "common" / "engine"
 # Inside the engine a part imports the parts before it, and its own.
 LAYERS = (
-    ("files", "config", "settings", "task", "weights", "data", "synthetic", "visual", "detr"),
+    ("command_line", "files", "config", "settings", "task", "weights", "data", "synthetic", "visual", "detr"),
     ("backbones", "records"),
     ("training",),
     ("rows", "commands"),

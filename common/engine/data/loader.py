@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
+from engine.command_line import USER_ERRORS, one_line
 from engine.task import KeyedDataset
 
 Row = TypeVar("Row")
