@@ -12,8 +12,8 @@ from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, set_co
 from dr2net.error_law import anchor_spacing, growth, predicted_error
 from dr2net.gradient_check import GradientError, gradient_error
 from dr2net.options import Options
-from dr2net.reversible import ReversibleSequence
 from dr2net.schedule import Schedule
+from dr2net.sequence import ReversibleSequence
 
 __all__ = [
     "Branch",

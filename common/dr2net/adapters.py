@@ -6,11 +6,13 @@ layers, pytorchvideo ResNet/SlowFast blocks. Not here: what a branch is, and how
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from dr2net.branches import Branch, branches_of
+from dr2net.branches import Branch, branches_of, forward_was_replaced
 from dr2net.chunks import Groups
+from dr2net.patches import is_plain
 
 
 def _attention_mlp(
@@ -102,6 +104,7 @@ def _torchvision() -> None:
     def _(block: SwinTransformerBlock):
         b = block
         known = type(b.attn) in (ShiftedWindowAttention, ShiftedWindowAttention3d)
+        known = known and not forward_was_replaced(type(b.attn))
         return _attention_mlp(
             lambda x: b.attn(b.norm1(x)),
             lambda x: b.mlp(b.norm2(x)),
@@ -128,16 +131,22 @@ def _torchvision() -> None:
 
 @functools.cache
 def _transformers() -> None:
-    from transformers.models.videomae.modeling_videomae import VideoMAELayer
+    from transformers.models.videomae.modeling_videomae import VideoMAELayer, VideoMAEOutput
     from transformers.models.vit.modeling_vit import ViTLayer
 
     @branches_of.register
     def _(block: VideoMAELayer):
         b = block
+
+        def mlp(x: Tensor, *args: Any, **named: Any) -> Tensor:
+            h = b.intermediate(b.layernorm_after(x))
+            if is_plain(b.output) and type(b.output) is VideoMAEOutput and not forward_was_replaced(VideoMAEOutput):
+                return b.output.dropout(b.output.dense(h))  # `output` adds x, so its two parts are called instead
+            return b.output(h, x) - x
+
         return _attention_mlp(
             lambda x, *args, **named: b.attention(b.layernorm_before(x), *args, **named),
-            # `output` would add its second argument, so its two parts are called instead
-            lambda x, *args, **named: b.output.dropout(b.output.dense(b.intermediate(b.layernorm_after(x)))),
+            mlp,
             (b.layernorm_before, b.attention),
             (b.layernorm_after, b.intermediate, b.output),
         )

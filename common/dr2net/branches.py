@@ -22,13 +22,14 @@ Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapt
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dr2net.chunks import Chunks, Groups
+from dr2net.patches import all_plain
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Branch:
     """One residual branch F of a block.
 
     function: F(x, *arguments of the block after x) -> tensor of x's shape, the residual connection left out.
-    modules: all modules whose parameters and buffers F uses.
+    modules: all modules whose parameters and buffers F uses, and parameters of the block itself (a layer scale held as
+        nn.Parameter), which stand in `own_parameters` afterwards.
     residual: False if the block has no clean residual connection: F is the whole block and alpha is 0.
     drop_path: multiplies `function`'s result by a random factor per sample; the last part of F, and not in `function`.
     independent: F treats each token (all dimensions but the last) or each sample by itself; or a function that makes
@@ -45,10 +47,23 @@ class Branch:
 
     name: str
     function: Callable[..., Tensor]
-    modules: tuple[nn.Module, ...]
+    modules: tuple[nn.Module | nn.Parameter, ...]
     residual: bool = True
     drop_path: nn.Module | None = None
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
+
+    own_parameters: tuple[nn.Parameter, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for part in self.modules:
+            if not isinstance(part, (nn.Module, nn.Parameter)):
+                raise ValueError(
+                    f"modules of branch {self.name!r} must be modules, or parameters of the block, not "
+                    f"{type(part).__name__}; of a parametrized tensor name block.parametrizations"
+                )
+        own = tuple(part for part in self.modules if isinstance(part, nn.Parameter))
+        object.__setattr__(self, "own_parameters", own)
+        object.__setattr__(self, "modules", tuple(part for part in self.modules if isinstance(part, nn.Module)))
 
     def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         """F(x), drop path included."""
@@ -59,6 +74,8 @@ class Branch:
         """How F(x, *args, **named) is run in chunks of about `mib` MiB; None if it has to run on x as a whole."""
         if mib is None or self.independent is None:
             return None
+        if not all_plain((*self.modules, *([] if self.drop_path is None else [self.drop_path]))):
+            return None  # what hooks and replaced forwards do is not known to be independent
         if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
             return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
         norms = [m for part in self.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -78,10 +95,14 @@ class Branch:
         # all in one: the branch as it is, which needs no buffers to collect the results in
         return None if chunks.size == groups.count and isinstance(self.independent, str) else chunks
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Each once."""
+        held = [p for module in self.modules for p in module.parameters()]
+        return list({id(p): p for p in (*held, *self.own_parameters)}.values())
+
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, each once."""
-        found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
-        return list(found.values())
+        """The trainable ones."""
+        return [p for p in self.all_parameters() if p.requires_grad]
 
 
 @functools.singledispatch
@@ -96,16 +117,35 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     A subclass that overrides `forward` computes something else than the block it inherits from, so it is not converted
     unless it is registered itself.
     """
-    from dr2net import adapters  # it registers with `branches_of`, so it stands above this file
-
-    for cls in type(block).__mro__:
-        adapter = adapters.ADAPTERS.get(cls.__module__.split(".")[0])
-        if adapter is not None:
-            adapter()
-    known = next((cls for cls in type(block).__mro__ if cls in branches_of.registry and cls is not object), None)
+    known = _known(type(block))
     if known is None:
         return (), f"no branches are known for blocks of type {type(block).__name__}"
     if inspect.unwrap(type(block).forward) is not inspect.unwrap(known.forward):
         return (), f"{type(block).__name__} overrides the forward of {known.__name__}; register it with branches_of"
+    if is_adapted(block) and forward_was_replaced(known):
+        return (), f"the forward of the class {known.__name__} was replaced; register what it does now with branches_of"
     branches = branches_of(block)
     return branches, "" if branches else "it changes the shape of its input"
+
+
+def is_adapted(block: nn.Module) -> bool:
+    """Its branches are those of this library, not registered by the user."""
+    known = _known(type(block))
+    return known is not None and branches_of.registry[known].__module__ == "dr2net.adapters"
+
+
+def forward_was_replaced(cls: type[nn.Module]) -> bool:
+    """Somebody assigned another function to `cls.forward`."""
+    forward = inspect.unwrap(cls.forward)
+    return not any(forward.__qualname__ == f"{base.__qualname__}.forward" for base in cls.__mro__)
+
+
+def _known(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class in the mro of `cls` whose branches are registered."""
+    from dr2net import adapters  # it registers with `branches_of`, so it stands above this file
+
+    for base in cls.__mro__:
+        adapter = adapters.ADAPTERS.get(base.__module__.split(".")[0])
+        if adapter is not None:
+            adapter()
+    return next((base for base in cls.__mro__ if base in branches_of.registry and base is not object), None)

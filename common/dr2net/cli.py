@@ -239,6 +239,7 @@ def _check(options: argparse.Namespace) -> None:
                 loss = functools.partial(loss_of, precision=options.precision)
                 error = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
                 columns.setdefault(inversion, []).append(error)
+        dr2net.set_coefficients(model, 1, 0)
         dr2net.deconvert(model)
     _say("")
     print(f"{options.model}, input {options.input}, branches in {options.precision}")

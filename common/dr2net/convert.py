@@ -1,12 +1,13 @@
 """Turn a pretrained model into its reversible surrogate, in place, and back.
 
-`convert` replaces each nn.Sequential or nn.ModuleList that holds convertible blocks by a `ReversibleSequence` with the
-same children, so state_dict keys do not change and checkpoints fit both ways. At (alpha, beta) = (1, 0), where it
-starts, the converted model computes what the original computes. Not here: what the branches of a block are
-(`branches.py`).
+`convert` gives each nn.Sequential, nn.ModuleList or nn.ModuleDict (or subclass) that holds convertible blocks the class
+`ReversibleSequence` beside its own. Containers and blocks stay the objects they were, so state_dict keys do not change,
+checkpoints fit both ways, and what hooks do they go on doing. At (alpha, beta) = (1, 0), where it starts, the converted
+model computes what the original computes. Not here: what the branches of a block are (`branches.py`).
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from dr2net.branches import find_branches
+from dr2net.branches import Branch, find_branches
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
-from dr2net.reversible import ReversibleSequence, refuse_hooks
+from dr2net.patches import refuse_checkpointing, refuse_patched
+from dr2net.sequence import ReversibleSequence, make_plain, make_reversible
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,27 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     """
     options = replace(options or Options(), **changes)
     sequences, ordinary, inside = [], [], set()
-    found = list(_containers(model))
-    containers = {}
-    for parent, attribute, name, container in found:
-        refuse_hooks(container, name)
-        sequence = ReversibleSequence(container, options)
-        blocks = 0
+    found, elsewhere = _containers(model)
+    for name, container in found.items():
+        blocks = num_branches = 0
         for child, block in container._modules.items():
             branches, reason = find_branches(block)
-            if not branches:
-                ordinary.append((f"{name}.{child}", reason))
-                continue
-            _check(block, f"{name}.{child}", [p for branch in branches for m in branch.modules for p in m.parameters()])
-            blocks += 1
-            inside.update(block.parameters())
-        sequences.append((name, blocks, sequence.num_branches()))
-        containers[parent, attribute] = sequence
-    for (parent, attribute), sequence in containers.items():  # only now, so that an error leaves the model as it was
-        parent._modules[attribute] = sequence
+            if branches:
+                blocks, num_branches = blocks + 1, num_branches + len(branches)
+                inside.update(block.parameters())
+            elif not any(block is other for other in found.values()):
+                ordinary.append((_join(name, child), reason))
+        sequences.append((name or type(model).__name__, blocks, num_branches))
+    _check(found)
+    for name, container in found.items():
+        make_reversible(container, options, name or type(model).__name__)
     for module in dict.fromkeys(_rest(model)) if options.recompute_rest else ():
         _checkpoint(module)
     return Report(
-        tuple(sequences), tuple(ordinary), sum(p.numel() for p in inside), sum(p.numel() for p in model.parameters())
+        tuple(sequences),
+        (*ordinary, *elsewhere.items()),
+        sum(p.numel() for p in inside),
+        sum(p.numel() for p in model.parameters()),
     )
 
 
@@ -84,17 +85,23 @@ def deconvert(model: nn.Module) -> None:
     Undoes `checkpoint_blocks` too. Raises ValueError if there is nothing to undo.
     """
     undone = 0
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, ReversibleSequence):
-                container = child.container_type()
-                for block_name, block in child._modules.items():
-                    container.add_module(block_name, block)
-                container.training = child.training
-                module._modules[name] = container
-                undone += 1
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ReversibleSequence):
+            if (module.alpha, module.beta) != (1, 0):
+                warnings.warn(
+                    f"{name or type(model).__name__} ran at (alpha, beta) = {module.coefficients}; its plain blocks "
+                    "compute what (1, 0) computes, another function with the same weights. To evaluate what was "
+                    "trained, convert and set the coefficients again; call dr2net.set_coefficients(model, 1, 0) first "
+                    "if this is meant",
+                    stacklevel=2,
+                )
+            make_plain(module)
+            undone += 1
         if getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
+            plain = module.forward.args[0].args[0]  # see _checkpoint
             del module.forward
+            if plain != module.forward:  # it was replaced on the instance before
+                module.forward = plain
             undone += 1
     if not undone:
         raise ValueError(f"{type(model).__name__} has no reversible or checkpointed blocks to undo")
@@ -106,7 +113,9 @@ def checkpoint_blocks(model: nn.Module) -> int:
     Also of blocks that change the shape. In place, keys unchanged; returns the number of blocks. Raises ValueError as
     `convert` does.
     """
-    blocks = {block: None for _, _, _, container in _containers(model) for block in container.children()}
+    found, _ = _containers(model)
+    blocks = {block: None for container in found.values() for block in container.children()}
+    blocks = {block: None for block in blocks if not any(block is container for container in found.values())}
     blocks = [block for block in blocks if find_branches(block)[0] or _can_run_again(block)]
     for block in blocks:
         _checkpoint(block)
@@ -127,38 +136,52 @@ def set_coefficients(model: nn.Module, alpha: float, beta: float | Fraction) -> 
         sequence.set_coefficients(alpha, beta)
 
 
-def _containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """(parent, attribute, full name, container) of each container with a convertible block, before any change."""
-    found, refused = [], []
+def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Containers with a convertible block by name ("" is the model itself), and why other blocks stay as they are.
+
+    Changes nothing. ValueError if there is no such container.
+    """
+    found, refused, elsewhere, inside = {}, [], {}, set()
     for module_name, module in model.named_modules():
+        name = module_name or type(model).__name__
         if (
             isinstance(module, ReversibleSequence)
             or getattr(module.__dict__.get("forward"), "func", None) is checkpoint
         ):
-            raise ValueError(
-                f"{module_name or type(model).__name__} is converted already; call dr2net.deconvert(model) first"
-            )
-        if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
-            raise ValueError(
-                f"{module_name or type(model).__name__} has its own gradient checkpointing on; turn it off first"
-            )
-        for attribute, container in module._modules.items():
-            if type(container) not in (nn.Sequential, nn.ModuleList):
-                continue
-            name = f"{module_name}.{attribute}".lstrip(".")
-            results = [(f"{name}.{child}", find_branches(block)) for child, block in container.named_children()]
-            if any(branches for _, (branches, _) in results):
-                found.append((module, attribute, name, container))
+            raise ValueError(f"{name} is converted already; call dr2net.deconvert(model) first")
+        refuse_checkpointing(module, name)
+        if module in inside:  # of a reversible block: runs as part of its branches
+            continue
+        children = {_join(module_name, child): block for child, block in module.named_children()}
+        reasons = {child: find_branches(block) for child, block in children.items()}
+        blocks = [child for child, (branches, _) in reasons.items() if branches]
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            if blocks:
+                found[module_name] = module
+                inside.update(inner for child in blocks for inner in children[child].modules())
             else:
-                refused += [f"{child}: {reason}" for child, (_, reason) in results]
+                refused += [f"{child}: {reason}" for child, (_, reason) in reasons.items()]
+        else:
+            for child in blocks:
+                elsewhere[child] = (
+                    f"it is an attribute of {type(module).__name__}, which does not say in which order its parts are "
+                    "called; put the blocks into an nn.Sequential, nn.ModuleList or nn.ModuleDict"
+                )
     if not found:
+        refused = [f"{name}: {reason}" for name, reason in elsewhere.items()] + refused
+        if find_branches(model)[0]:
+            refused.insert(0, f"{type(model).__name__} is a block itself; put it into an nn.Sequential")
         listed = "\n  ".join(refused[:12]) or "it holds no nn.Sequential or nn.ModuleList of blocks"
         raise ValueError(
             f"nothing in {type(model).__name__} can be made reversible:\n  {listed}\n"
             "Register the branches of your block type with dr2net.branches_of.register; the blocks must stand in an "
-            "nn.Sequential or nn.ModuleList inside the model"
+            "nn.Sequential, nn.ModuleList or nn.ModuleDict"
         )
-    return iter(found)
+    return found, elsewhere
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}".lstrip(".")
 
 
 def _checkpoint(module: nn.Module) -> None:
@@ -197,11 +220,38 @@ def _can_run_again(module: nn.Module) -> bool:
     )
 
 
-def _check(block: nn.Module, name: str, covered: list[nn.Parameter]) -> None:
-    refuse_hooks(block, name)
-    missing = {id(p) for p in block.parameters()} - {id(p) for p in covered}
-    names = [key for key, p in block.named_parameters() if id(p) in missing]
-    if names:
+def _check(containers: dict[str, nn.Module]) -> None:
+    """ValueError for blocks that would not compute what they compute now, before anything is changed."""
+    home: dict[nn.Module, str] = {}
+    for container_name, container in containers.items():
+        starts, before = set(), ()
+        for child, block in container._modules.items():
+            branches, _ = find_branches(block)
+            name = _join(container_name, child)
+            if branches:
+                _check_block(block, name, branches)
+                if home.setdefault(block, container_name) != container_name:
+                    raise ValueError(
+                        f"{name} also stands in {home[block]}, so it is not known which blocks come after it; keep it "
+                        "in one container"
+                    )
+                if not before and block in starts:
+                    raise ValueError(
+                        f"{name} begins two runs of blocks in {container_name}, so it is not known which blocks come "
+                        "after it; use a copy for the second"
+                    )
+                if not before:
+                    starts.add(block)
+            before = branches
+
+
+def _check_block(block: nn.Module, name: str, branches: tuple[Branch, ...]) -> None:
+    refuse_patched(block, name)
+    covered = {id(p) for branch in branches for p in branch.all_parameters()}
+    missing = {key: p for key, p in block.named_parameters() if id(p) not in covered}
+    if missing:
         raise ValueError(
-            f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(names)}"
+            f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(missing)}; "
+            "name them in Branch(modules=...), a parameter of the block itself as it is: modules=(block.norm, "
+            "block.gamma)"
         )

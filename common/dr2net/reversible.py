@@ -1,7 +1,6 @@
-"""ReversibleSequence: a container of pretrained blocks that keeps no activations between them.
+"""One forward pass through a run of reversible blocks, which keeps no activations between them.
 
-It replaces the model's own container and has its children's names, so a checkpoint fits both. Each residual branch of
-each block is one node of the autograd graph (`node.py`).
+Each residual branch of each block is one node of the autograd graph (`node.py`).
 
     inversion   streams             kept besides the last two streams            gradient
     "exact"     integers on a grid  ceil(log2(1/beta)) bits per element, branch  that of stored activations
@@ -12,14 +11,14 @@ At beta = 0 nothing can be inverted and every node keeps its input: plain checkp
 arithmetic under plain autograd with all activations kept: the reference of the tests and of `gradient_error`. With
 `chunk_mib` the branches that allow it run in chunks (`chunks.py`), else each as a whole.
 
-Not supported: double backward (an error), functorch transforms, reading the second stream.
+Not supported: double backward (an error), functorch transforms, reading the second stream. Not here: the container of
+the blocks and how a pass is found (`sequence.py`).
 """
 
 import math
+import sys
 import warnings
-from collections.abc import Iterator
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,138 +27,83 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
+from dr2net.entry import Entry
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
-from dr2net.options import Options
+from dr2net.patches import refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
+
+if TYPE_CHECKING:
+    from dr2net.sequence import ReversibleSequence
 
 
-class ReversibleSequence(nn.Module):
-    """The container of blocks of a converted model; `dr2net.convert` puts it in place.
+class Pass:
+    """One forward pass through a run of reversible blocks: the two streams, carried from block to block."""
 
-    Called like nn.Sequential: `sequence(x, *arguments)` runs x through all blocks, each given the arguments too;
-    tensors among them get gradients. Iterated like nn.ModuleList: `for block in sequence: x = block(x)` does the same,
-    and each x is the block's output, differentiable, so intermediate features may be collected; between blocks x must
-    not be changed. `sequence[i]` is the i-th block itself.
-
-    x: (B, ...) with at least two dimensions. Blocks without branches run as they are; the reversible blocks between two
-    of them are one run. alpha and beta are set by `dr2net.set_coefficients` or a `dr2net.Schedule`, and are (1, 0) at
-    first.
-    """
-
-    def __init__(self, container: nn.Sequential | nn.ModuleList, options: Options) -> None:
-        super().__init__()
-        for name, block in container._modules.items():  # a block that stands there twice runs twice
-            self.add_module(name, block)
-        self.container_type = type(container)
-        self.inversion = options.inversion
-        self.anchor_every = options.anchor_every
-        self.tolerance = options.tolerance
-        self.store = options.store
-        self.chunk_mib = options.chunk_mib
-        self.alpha, self.beta = 1.0, 0.0
-        self.training = container.training  # of the container alone: blocks may be frozen in eval mode
-
-    @torch.compiler.disable  # one graph break; what is compiled inside the branches stays compiled
-    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-        for block in self:
-            x = block(x, *args, **named)
-        return x
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            if range(len(self))[index] != range(len(self)):
-                raise ValueError(
-                    f"a reversible sequence of {len(self)} blocks runs as a whole; cut it before converting"
-                )
-            return self
-        return list(self._modules.values())[index]
-
-    @torch.compiler.disable
-    def __iter__(self) -> "Iterator[_Step]":
-        sequence_pass = _Pass(self)
-        return iter([_Step(sequence_pass, index) for index in range(len(self))])
-
-    def set_coefficients(self, alpha: float, beta: float | Fraction) -> None:
-        """From the next forward pass on. Raises ValueError for what the inversion cannot do."""
-        if self.inversion == "exact":
-            exact.rational(beta)
-        if not abs(alpha) < float("inf") or not abs(beta) < float("inf"):
-            raise ValueError(f"alpha = {alpha}, beta = {beta}: both must be finite")
-        self.alpha, self.beta = alpha, beta
-
-    def num_branches(self) -> int:
-        """Branches of all blocks together."""
-        return sum(len(find_branches(block)[0]) for block in self._modules.values())
-
-    def extra_repr(self) -> str:
-        return f"inversion={self.inversion!r}, alpha={float(self.alpha):.4g}, beta={float(self.beta):.4g}"
-
-
-def refuse_hooks(module: nn.Module, name: str) -> None:
-    """ValueError if `module`, which is not called as a module in a reversible sequence, carries hooks."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise ValueError(
-            f"{name} ({type(module).__name__}) has hooks, which do not fire in a reversible sequence; remove them, or "
-            "put them on a module inside the block"
-        )
-
-
-class _Step:
-    """One block inside one pass; everything but calling it is the block's own."""
-
-    def __init__(self, sequence_pass: "_Pass", index: int) -> None:
-        self.__dict__.update(_pass=sequence_pass, _index=index)
-
-    def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-        return self._pass.step(self._index, x, args, named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pass.sequence[self._index], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._pass.sequence[self._index], name, value)
-
-
-class _Pass:
-    """One forward pass through a sequence: the two streams, carried from block to block."""
-
-    def __init__(self, sequence: ReversibleSequence) -> None:
+    def __init__(self, sequence: "ReversibleSequence", block: nn.Module) -> None:
         self.sequence = sequence
         self.blocks = list(sequence._modules.items())
-        self.branches = [find_branches(block)[0] for _, block in self.blocks]
-        for (name, block), branches in zip(self.blocks, self.branches, strict=True):
-            if branches:
-                refuse_hooks(block, f"block {name}")
-        self.output: Tensor | None = None  # what the last step returned
+        self.branches = [find_branches(other)[0] for _, other in self.blocks]
+        self.expected = self._start_at(block)  # index of the block that comes next
+        self.end = self.expected  # index after the last block of the run
+        while self.end < len(self.blocks) and self.branches[self.end]:
+            name, other = self.blocks[self.end]
+            refuse_backward_hooks(other, f"block {name}")
+            if other.training:
+                refuse_checkpointing(other, f"block {name}")
+            refuse_replaced_forward(other, f"block {name}", Entry)
+            self.end += 1
+        if not any(self.branches[: self.expected]):
+            sequence.ran = 0
+            sequence.coefficients.say_doubts(sequence.place)
+        self.started = self.ended = False
 
-    @torch.compiler.disable
-    def step(self, index: int, x: Tensor, args: tuple, named: dict[str, Any]) -> Tensor:
-        name, block = self.blocks[index]
-        if not self.branches[index]:
-            return block(x, *args, **named)
-        if index == 0 or not self.branches[index - 1]:
-            self._start(index, x)
-        elif x is not self.output or index != self.expected or version_of(x) != self.version:
+    def _start_at(self, block: nn.Module) -> int:
+        """Where a run begins with `block`."""
+        places = [index for index, (_, other) in enumerate(self.blocks) if other is block]
+        if not places:
             raise ValueError(
-                f"the input of block {name} is not the output of the block before it; a reversible run of blocks "
-                "cannot be interrupted, repeated or entered in the middle"
+                f"a {type(block).__name__} is no longer a block of {self.sequence.place}, or was wrapped there after "
+                "the conversion; call dr2net.deconvert(model), change the model, and dr2net.convert(model) again"
             )
-        for branch in self.branches[index]:
+        starts = [index for index in places if index == 0 or not self.branches[index - 1]]
+        if not starts:
+            raise ValueError(
+                f"the input of block {self.blocks[places[0]][0]} is not the output of the block before it, or that was "
+                "changed or used already; a reversible run of blocks cannot be interrupted, repeated or entered in the "
+                f"middle{_likely_cause()}"
+            )
+        return starts[0]
+
+    def expects(self, sequence: "ReversibleSequence", block: nn.Module) -> bool:
+        return sequence is self.sequence and self.blocks[self.expected][1] is block
+
+    def step(self, x: Tensor, args: tuple, named: dict[str, Any]) -> Tensor:
+        name, _ = self.blocks[self.expected]
+        if not self.started:
+            self._start(self.expected, x)
+            self.started = True
+        elif version_of(x) != self.version:
+            raise ValueError(
+                f"the input of block {name} was changed in place; between the blocks of a run it must not be"
+            )
+        elif self.x is None:
+            self.x = x
+        for branch in self.branches[self.expected]:
             self._advance(branch, f"{name}.{branch.name}", args, named)
-        self.output = self.x.to(self.dtype)
-        self.expected, self.version = index + 1, version_of(self.output)
-        output = self.output
-        if self.index == self.length:
+            self.sequence.ran += 1
+        self.expected += 1
+        output = self.x.to(self.dtype)
+        self.version = version_of(output)
+        self.ended = self.expected == self.end
+        if self.ended:
             self._finish()
+        elif output is self.x:
+            self.x = None  # the caller has it; see `sequence.py`
         return output
 
     def _start(self, index: int, x: Tensor) -> None:
         sequence = self.sequence
-        following = self.branches[index:]
-        self.length = sum(map(len, following[: next((i for i, b in enumerate(following) if not b), len(following))]))
+        self.length = sum(map(len, self.branches[index : self.end]))
         self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
@@ -258,7 +202,7 @@ class _Pass:
     def _finish(self) -> None:
         """Let go of the streams, then look for an overflow: once per pass, since looking waits for the device."""
         sizes, length, largest = self.sizes, self.length, self.largest
-        self.x = self.previous = self.n = self.n_previous = self.grid = self.output = self.side = None
+        self.x = self.previous = self.n = self.n_previous = self.grid = self.side = None
         if not sizes or isinstance(sizes[0][1], FakeTensor):
             return
         for (name, _), size in zip(sizes, torch.stack([size for _, size in sizes]).tolist(), strict=True):
@@ -270,3 +214,16 @@ class _Pass:
                     f"{length} branches allow at (alpha, beta) = ({self.sequence.alpha:.4g}, {float(self.beta):.4g}); "
                     "choose alpha + beta <= 1, or convert with inversion='anchored'"
                 )
+
+
+def _likely_cause() -> str:
+    """For an error: the model's own checkpointing calls a block inside torch.utils.checkpoint."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return (
+                ". It is called inside torch.utils.checkpoint: turn the model's own gradient checkpointing off (timm: "
+                "model.set_grad_checkpointing(False), transformers: model.gradient_checkpointing_disable())"
+            )
+        frame = frame.f_back
+    return "; a hook on a block that returns another tensor does that too"

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
-from toy_blocks import WIDTH, ToyBlock, build_input, build_net, converted, gradients, relative
+from toy_blocks import WIDTH, build_input, build_net, converted, gradients, relative
 
 import dr2net
 
@@ -232,20 +232,6 @@ def test_beta_may_be_a_fraction(inversion: str) -> None:
     for model in (ours, twin):
         model(x).sum().backward()
     assert relative(gradients(ours), gradients(twin)) == 0
-
-
-def test_a_hook_put_on_a_block_after_conversion() -> None:
-    net = converted(build_net(2), 0.5, 0.5)
-    net.blocks[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="hook"):
-        net(build_input())
-
-
-def test_slicing_a_part() -> None:
-    net = converted(build_net(3), 0.5, 0.5)
-    assert len(net.blocks) == 3 and isinstance(net.blocks[-1], ToyBlock) and net.blocks[:] is net.blocks
-    with pytest.raises(ValueError, match="runs as a whole"):
-        net.blocks[:2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""The `forward` that a reversible block gets on conversion: however the block is called, it takes part in a pass.
+
+    for block in model.blocks: x = block(x)        model.blocks[i](x)        model.blocks(x)
+
+are the same, since a pass is found by the tensor that it returned last: who hands that tensor to the next block goes on
+with it, who hands another to the first block of a run begins a new one. Several passes may be open at a time. The block
+stays the module it was, with its class, attributes and hooks. Not here: what a pass does (`reversible.py`).
+"""
+
+import inspect
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dr2net.sequence import ReversibleSequence
+
+
+class Entry:
+    """Calls `block` as part of a pass of `sequence`; without a sequence (a block copied alone), as the plain block."""
+
+    def __init__(self, block: nn.Module, sequence: "ReversibleSequence | None") -> None:
+        self.block = weakref.ref(block)  # both weak: a model that is deleted is freed at once, without a cycle
+        self.sequence = None if sequence is None else weakref.ref(sequence)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        block = self.block()
+        if self.sequence is None:
+            return type(block).forward(block, *args, **named)
+        sequence = self.sequence()
+        if sequence is None:
+            raise ValueError(
+                f"the container of this {type(block).__name__} is gone, so it is in no reversible sequence; keep the "
+                "converted model, or call dr2net.deconvert(model) before taking blocks out of it"
+            )
+        x, args, named = _input(block, args, named)
+        return sequence.call_block(block, x, args, named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":
+        """Of the copied sequence, if that is being copied too."""
+        sequence = None if self.sequence is None else memo.get(id(self.sequence()))
+        return Entry(memo[id(self.block())], sequence)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Entry, (self.block(), None if self.sequence is None else self.sequence())
+
+
+def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """x, and the arguments after it; x may have been passed by name."""
+    if not args:
+        _, first, *_ = inspect.signature(type(block).forward).parameters  # after self
+        if first not in named:
+            raise TypeError(f"{type(block).__name__} was called without its input {first!r}")
+        args, named = (named[first],), {name: value for name, value in named.items() if name != first}
+    x, *rest = args
+    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if tracing or not isinstance(x, Tensor):
+        raise ValueError(
+            f"a reversible {type(block).__name__} "
+            + ("cannot be traced or exported" if tracing else f"takes a tensor, not a {type(x).__name__}")
+            + "; to trace or export the model, set the coefficients to (1, 0) and call dr2net.deconvert(model)"
+        )
+    return x, tuple(rest), named

@@ -1,0 +1,196 @@
+"""ReversibleSequence: the container of pretrained blocks that runs them as reversible passes.
+
+A container keeps its object and gets a class that is both its own and a ReversibleSequence, as torch's parametrizations
+do it. A pass is found by the tensor that it returned last, so blocks may be called in any way (`entry.py`). Not here:
+the arithmetic of a pass (`reversible.py`), and which containers are converted (`convert.py`).
+"""
+
+import functools
+import inspect
+from collections import OrderedDict
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dr2net import exact
+from dr2net.branches import find_branches
+from dr2net.coefficients import KEY, Coefficients
+from dr2net.entry import Entry
+from dr2net.options import Options
+from dr2net.returns import Returned, returned
+from dr2net.reversible import Pass
+
+# Passes that are not at their end, by the tensor each returned last. A pass holds no reference to that tensor, so one
+# that is left early dies with it.
+_OPEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class ReversibleSequence(nn.Module):
+    """The container of blocks of a converted model: `dr2net.convert` gives this class to the model's own container.
+
+    The container stays the object it was, with its names, attributes, hooks, and its way of being called, iterated,
+    indexed and sliced; each reversible block in it is still the block itself, and takes part in a pass however it is
+    called (`entry.py`). In addition `sequence(x, *arguments)` runs x through all blocks, each given the arguments too.
+    Tensors among the arguments get gradients. What a block returns is differentiable, so intermediate features may be
+    collected; between blocks of a run x must not be changed.
+
+    x: (B, ...) with at least two dimensions. Blocks without branches run as they are; the reversible blocks between two
+    of them are one run. alpha and beta are set by `dr2net.set_coefficients` or a `dr2net.Schedule`, and are (1, 0) at
+    first. `ran` is the number of branches that ran in the last pass, 0 before the first: if it stays below
+    `num_branches()`, the model does not call its blocks.
+    """
+
+    container_type: type[nn.Module]  # the class that the container had
+
+    def _become(self, options: Options, place: str) -> None:
+        """What __init__ would set; the container exists already."""
+        self.inversion = options.inversion
+        self.anchor_every = options.anchor_every
+        self.tolerance = options.tolerance
+        self.store = options.store
+        self.chunk_mib = options.chunk_mib
+        self.place = place  # name in the model
+        self.coefficients = Coefficients()
+        self.ran = 0
+        self.returns: dict[str, Returned | None] = {}
+        for block in self._modules.values():
+            if find_branches(block)[0]:
+                block.forward = Entry(block, self)
+
+    def _become_plain(self) -> None:
+        for block in self._modules.values():
+            if isinstance(block.__dict__.get("forward"), Entry):
+                del block.forward
+            elif isinstance(entry := inspect.unwrap(block.forward), Entry):  # inside a wrapper that was put on later
+                entry.sequence = None
+        self.__class__ = self.container_type
+        for name in STATE:
+            del self.__dict__[name]
+
+    @torch.compiler.disable  # one graph break; what is compiled inside the branches stays compiled
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        for block in self._modules.values():
+            x = block(x, *args, **named)
+        return x
+
+    def __getitem__(self, index: Any) -> Any:
+        """As before; a slice of blocks is a plain container of them, and each goes on with the pass it is called in."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        names = list(self._modules)[index]
+        if names == list(self._modules):
+            return self
+        if issubclass(self.container_type, nn.ModuleList):
+            return nn.ModuleList(self._modules[name] for name in names)
+        return nn.Sequential(OrderedDict((name, self._modules[name]) for name in names))
+
+    def call_block(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Any:
+        """One step of the pass that `x` belongs to, or the first of a new one."""
+        current = _OPEN.get(x)
+        if current is not None and current.expects(self, block):
+            del _OPEN[x]
+        else:
+            current = Pass(self, block)
+        how = self._returned(block, x, args, named)
+        output = current.step(x, args, named)
+        if not current.ended:
+            _OPEN[output] = current
+        return output if how is None else how.put(output)
+
+    def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
+        """See `returns.py`; asked once per kind of block and of arguments."""
+        leaves, structure = tree_flatten((args, named))
+        plain = [type(value) if isinstance(value, Tensor) else repr(value) for value in leaves]
+        key = f"{type(block)} {structure} {plain}"
+        if key not in self.returns:
+            self.returns[key] = returned(block, x, args, named)
+        return self.returns[key]
+
+    @property
+    def alpha(self) -> float:
+        return self.coefficients.alpha
+
+    @property
+    def beta(self) -> float | Fraction:
+        return self.coefficients.beta
+
+    def set_coefficients(self, alpha: float, beta: float | Fraction) -> None:
+        """From the next forward pass on. Raises ValueError for what the inversion cannot do."""
+        if self.inversion == "exact":
+            exact.rational(beta)
+        if not abs(alpha) < float("inf") or not abs(beta) < float("inf"):
+            raise ValueError(f"alpha = {alpha}, beta = {beta}: both must be finite")
+        self.coefficients.choose(alpha, beta)
+
+    def num_branches(self) -> int:
+        """Branches of all blocks together."""
+        return sum(len(find_branches(block)[0]) for block in self._modules.values())
+
+    def extra_repr(self) -> str:
+        return (
+            f"inversion={self.inversion!r}, (alpha, beta)={self.coefficients}, "
+            f"{self.ran} of {self.num_branches()} branches ran in the last pass"
+        )
+
+    __repr__ = nn.Module.__repr__  # ModuleList's own leaves it out
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][KEY] = self.coefficients.save()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, *rest: Any) -> None:
+        self.coefficients.load(local_metadata, self.place)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def __reduce_ex__(self, _: int) -> tuple[Any, ...]:
+        return _blank, (self.container_type,), self.__dict__  # the class itself has no name to be found by
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "torch.nn.DataParallel copies the modules without their parameters, so the blocks would get no gradients; "
+            "use torch.nn.parallel.DistributedDataParallel, one process per device"
+        )
+
+
+STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "ran", "returns")
+
+
+def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:
+    """Give `container` the class of a reversible sequence, in place, and its blocks the forward that takes part in it.
+
+    Raises ValueError if it has attributes of its own with names that a sequence needs.
+    """
+    taken = [name for name in (*STATE, *vars(ReversibleSequence)) if name not in dir(nn.Module)]
+    clash = [name for name in taken if hasattr(container, name) and name != "__getitem__"]
+    if clash:
+        raise ValueError(
+            f"{place} ({type(container).__name__}) has attributes that a reversible sequence uses for itself: "
+            f"{', '.join(clash)}; give them other names"
+        )
+    container.__class__ = _reversible_class(type(container))
+    container._become(options, place)
+    return container
+
+
+def make_plain(sequence: ReversibleSequence) -> None:
+    """Undo `make_reversible`, in place."""
+    sequence._become_plain()
+
+
+@functools.cache
+def _reversible_class(container_type: type[nn.Module]) -> type[ReversibleSequence]:
+    """A subclass of both; a container that defines `forward` keeps its own."""
+    body: dict[str, Any] = {"container_type": container_type, "__module__": __name__}
+    if container_type.forward not in (nn.Sequential.forward, nn.Module.forward):
+        body["forward"] = container_type.forward
+    return type(f"Reversible{container_type.__name__}", (ReversibleSequence, container_type), body)
+
+
+def _blank(container_type: type[nn.Module]) -> ReversibleSequence:
+    cls = _reversible_class(container_type)
+    return cls.__new__(cls)
