@@ -27,7 +27,7 @@ from dr2net.sequence import ReversibleSequence, make_plain, make_reversible
 
 @dataclass(frozen=True)
 class Report:
-    """What became reversible, what did not, and why."""
+    """What became reversible, what did not, and why. What ran is in `ReversibleSequence.ran` after a forward pass."""
 
     sequences: tuple[tuple[str, int, int], ...]  # name of the container, reversible blocks, branches
     ordinary: tuple[tuple[str, str], ...]  # name of a block that runs as it is, reason
@@ -40,7 +40,12 @@ class Report:
         ]
         lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
         share = self.reversible_parameters / max(1, self.all_parameters)
-        return "\n".join([*lines, f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks"])
+        lines += [
+            f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks",
+            "They run at (alpha, beta) = (1, 0), the plain network, until dr2net.set_coefficients or Schedule.apply; "
+            "how many ran in the last pass is printed with the container, as in print(model)",
+        ]
+        return "\n".join(lines)
 
 
 def convert(model: nn.Module, options: Options | None = None, **changes: Any) -> Report:
