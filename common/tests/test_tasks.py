@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import engine
+from dr2net import ReversibleSequence
 from engine import commands, rows, task
 from engine.config import METHODS, Config, Data
 from engine.settings import from_json, to_json
@@ -113,7 +114,7 @@ def test_every_method_trains_two_steps_and_what_must_not_train_does_not(name: st
         moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
         assert any(not key.startswith("backbone.") for key in moved)
         assert any(key.startswith("backbone.") for key in moved) == (method != "frozen")
-        assert inverts(config.finetuning) == any(type(m).__name__ == "ReversibleSequence" for m in model.modules())
+        assert inverts(config.finetuning) == any(isinstance(module, ReversibleSequence) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -114,6 +114,11 @@ class Told:
     def __init__(self, dataset: KeyedDataset) -> None:
         self.dataset = dataset
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while a copy is being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -76,7 +76,9 @@ def test_a_record_says_where_it_comes_from(tmp_path):
 
 def test_a_run_is_finished_only_with_the_same_config_and_code(tmp_path, monkeypatch):
     config = toy_config(tmp_path)
-    record = results.build_record(config, metrics={}, memory={}, seconds={}, device="cpu", guard=[], curve=[])
+    record = results.build_record(
+        config, metrics={"accuracy": 1.0}, memory={}, seconds={}, device="cpu", guard=[], curve=[]
+    )
     assert not results.is_finished(config)
     results.write_record(record, results.run_folder(config))
     assert results.is_finished(config)
