@@ -22,7 +22,7 @@ from dr2net.branches import Branch, find_branches
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
 from dr2net.patches import refuse_checkpointing, refuse_patched
-from dr2net.sequence import ReversibleSequence, make_plain, make_reversible
+from dr2net.sequence import ReversibleSequence, make_plain, make_reversible, refuse_taken_names
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,12 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     options: how, see `dr2net.Options`; None: the defaults. changes: single options by name, as in
     `convert(model, chunk_mib=256, recompute_rest=True)`. TypeError for a name that is none.
 
+    The coefficients start at (1, 0), whatever the weights were trained with. Hooks, and what is put on modules inside
+    the blocks, are honored, now and later.
+
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
-    converted already; if a block carries forward hooks (they would not fire) or the model's own gradient checkpointing
-    is on.
+    converted already; for what would make it compute something else (`patches.py`): a `forward` replaced on a block,
+    backward hooks on it, the model's own gradient checkpointing. The model is then as it was.
     """
     options = replace(options or Options(), **changes)
     sequences, ordinary, inside = [], [], set()
@@ -87,7 +90,8 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
 def deconvert(model: nn.Module) -> None:
     """Give the plain model back, in place: the blocks with their present weights, in the containers they came in.
 
-    Undoes `checkpoint_blocks` too. Raises ValueError if there is nothing to undo.
+    Undoes `checkpoint_blocks` too. Warns at coefficients other than (1, 0), where the plain model computes something
+    else. Raises ValueError if there is nothing to undo.
     """
     undone = 0
     for name, module in list(model.named_modules()):
@@ -229,6 +233,7 @@ def _check(containers: dict[str, nn.Module]) -> None:
     """ValueError for blocks that would not compute what they compute now, before anything is changed."""
     home: dict[nn.Module, str] = {}
     for container_name, container in containers.items():
+        refuse_taken_names(container, container_name or type(container).__name__)
         starts, before = set(), ()
         for child, block in container._modules.items():
             branches, _ = find_branches(block)

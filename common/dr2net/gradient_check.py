@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dr2net import rng
 from dr2net.convert import sequences
+from dr2net.sequence import ReversibleSequence
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
 
     Two forward and backward passes, one of them with all activations stored, so choose a small batch. Leaves no trace:
     .grad, buffers, random generators and the way of inversion stay as they were. A gradient that is not finite gives
-    infinity. Raises ValueError if the model is not converted or nothing is trainable.
+    infinity. Raises ValueError if the model is not converted, nothing is trainable, or no reversible block ran.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -44,9 +45,10 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
     try:
         for store in (True, False):
             for sequence in of_sequences:
-                sequence.store = store
+                sequence.store, sequence.ran = store, 0
             with torch.enable_grad(), rng.replay(states, like):
                 value = loss(model, batch)
+                _refuse_idle(of_sequences)
                 gradients.append(torch.autograd.grad(value, list(parameters.values()), allow_unused=True))
             _restore(buffers)
     finally:
@@ -55,7 +57,10 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
             sequence.store = store
 
     blocks = [
-        f"{name}.{child}" for name, m in model.named_modules() if m in of_sequences for child, _ in m.named_children()
+        f"{name}.{child}".lstrip(".")
+        for name, m in model.named_modules()
+        if m in of_sequences
+        for child, _ in m.named_children()
     ]
     differences, norms = defaultdict(float), defaultdict(float)
     for name, reference, ours in zip(parameters, *gradients, strict=True):
@@ -66,6 +71,15 @@ def gradient_error(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any]
         norms[group] += reference.square().sum().item()
     groups = {group: _relative(differences[group], norms[group]) for group in norms}
     return GradientError(_relative(sum(differences.values()), sum(norms.values())), groups)
+
+
+def _refuse_idle(of_sequences: list[ReversibleSequence]) -> None:
+    """A model that calls parts of its blocks, and not the blocks, is the plain network: no error is no praise."""
+    if not any(sequence.ran for sequence in of_sequences):
+        raise ValueError(
+            f"the loss ran no reversible block of {', '.join(sequence.place for sequence in of_sequences)}: the model "
+            "does not call its blocks, but perhaps parts of them; let its forward call each block, as in x = block(x)"
+        )
 
 
 @torch.no_grad()

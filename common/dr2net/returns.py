@@ -5,6 +5,8 @@ first sample of the batch. So the block's own forward is run once, on fake tenso
 and what it or its hooks would leave behind is set aside. Blocks of other libraries are known to return tensors.
 """
 
+import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from dr2net.branches import is_adapted
 
@@ -51,7 +53,7 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
             _disable_current_modes(),
             _set_aside(block, mode),
         ):
-            x, args, named = tree_map_only(Tensor, mode.from_tensor, (x, args, named))
+            x, args, named = tree_map(functools.partial(_stand_in, mode), (x, args, named))
             with mode, _autocast_without_cache(x):
                 result = type(block).forward(block, x, *args, **named)
     except Exception:  # whatever the block does that fake tensors cannot: the real call decides
@@ -67,6 +69,11 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
         )
     leaves[tensors[0]] = None
     return Returned(tuple(leaves), structure, tensors[0])
+
+
+def _stand_in(mode: FakeTensorMode, value: Any) -> Any:
+    """A fake tensor, a copy of what the block could write to (a cache of keys and values), or the value itself."""
+    return mode.from_tensor(value) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 @contextmanager

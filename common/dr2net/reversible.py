@@ -65,6 +65,11 @@ class Pass:
                 f"a {type(block).__name__} is no longer a block of {self.sequence.place}, or was wrapped there after "
                 "the conversion; call dr2net.deconvert(model), change the model, and dr2net.convert(model) again"
             )
+        if not self.branches[places[0]]:
+            raise ValueError(
+                f"block {self.blocks[places[0]][0]} was converted and is not reversible any more: "
+                f"{find_branches(block)[1]}; call dr2net.deconvert(model), then dr2net.convert(model)"
+            )
         starts = [index for index in places if index == 0 or not self.branches[index - 1]]
         if not starts:
             raise ValueError(
@@ -226,4 +231,7 @@ def _likely_cause() -> str:
                 "model.set_grad_checkpointing(False), transformers: model.gradient_checkpointing_disable())"
             )
         frame = frame.f_back
-    return "; a hook on a block that returns another tensor does that too"
+    return (
+        ", and hooks on a block may not return another tensor. What happens between two blocks belongs into one of "
+        "them; or convert only a part of the model, as in dr2net.convert(model.encoder)"
+    )

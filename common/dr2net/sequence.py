@@ -104,7 +104,7 @@ class ReversibleSequence(nn.Module):
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
         """See `returns.py`; asked once per kind of block and of arguments."""
         leaves, structure = tree_flatten((args, named))
-        plain = [type(value) if isinstance(value, Tensor) else repr(value) for value in leaves]
+        plain = [repr(value) if isinstance(value, bool | str | None) else type(value) for value in leaves]
         key = f"{type(block)} {structure} {plain}"
         if key not in self.returns:
             self.returns[key] = returned(block, x, args, named)
@@ -144,7 +144,8 @@ class ReversibleSequence(nn.Module):
             destination._metadata[prefix[:-1]][KEY] = self.coefficients.save()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict, *rest: Any) -> None:
-        self.coefficients.load(local_metadata, self.place)
+        if any(key.startswith(prefix) for key in state_dict):
+            self.coefficients.load(local_metadata, self.place)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def __reduce_ex__(self, _: int) -> tuple[Any, ...]:
@@ -161,20 +162,21 @@ STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place"
 
 
 def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:
-    """Give `container` the class of a reversible sequence, in place, and its blocks the forward that takes part in it.
+    """Give `container` the class of a sequence, in place, and its blocks the forward that takes part in its passes."""
+    container.__class__ = _reversible_class(type(container))
+    container._become(options, place)
+    return container
 
-    Raises ValueError if it has attributes of its own with names that a sequence needs.
-    """
-    taken = [name for name in (*STATE, *vars(ReversibleSequence)) if name not in dir(nn.Module)]
-    clash = [name for name in taken if hasattr(container, name) and name != "__getitem__"]
+
+def refuse_taken_names(container: nn.Module, place: str) -> None:
+    """ValueError if `container` has attributes of its own with names that a sequence needs."""
+    needed = [name for name in (*STATE, *vars(ReversibleSequence)) if not name.startswith("__")]
+    clash = [name for name in needed if not hasattr(nn.Module, name) and hasattr(container, name)]
     if clash:
         raise ValueError(
             f"{place} ({type(container).__name__}) has attributes that a reversible sequence uses for itself: "
             f"{', '.join(clash)}; give them other names"
         )
-    container.__class__ = _reversible_class(type(container))
-    container._become(options, place)
-    return container
 
 
 def make_plain(sequence: ReversibleSequence) -> None:

@@ -125,10 +125,10 @@ def test_a_container_with_names_that_a_sequence_needs_is_refused() -> None:
     class Named(nn.Sequential):
         alpha = 3
 
-    model = nn.Sequential(Named(*blocks()))
-    with pytest.raises(ValueError, match=r"0 \(Named\) has attributes.*: alpha"):
+    model = nn.Sequential(nn.Sequential(*blocks()), Named(*blocks()))
+    with pytest.raises(ValueError, match=r"1 \(Named\) has attributes.*: alpha"):
         dr2net.convert(model)
-    assert type(model[0]) is Named
+    assert type(model[0]) is nn.Sequential and type(model[1]) is Named
 
 
 def test_a_block_in_two_containers_is_refused_and_a_container_with_two_names_is_not() -> None:
@@ -222,6 +222,31 @@ def test_a_block_that_returns_two_tensors_is_refused() -> None:
     dr2net.convert(model)
     with pytest.raises(ValueError, match="Scaled returns a tuple with 2 tensors"):
         model[0](build_input())
+
+
+def test_asking_what_a_block_returns_writes_to_no_cache() -> None:
+    class Caching(Scaled):
+        def forward(self, x: Tensor, cache: list, step: int) -> Tensor:
+            cache.append(x)
+            return super().forward(x)
+
+    @dr2net.branches_of.register
+    def _(block: Caching):
+        def function(x: Tensor, cache: list, step: int) -> Tensor:
+            cache.append(x)
+            return block.gamma * block.linear(x)
+
+        return (dr2net.Branch("only", function, (block.linear, block.gamma)),)
+
+    class Cache(list):
+        """No list to pytree, as transformers' caches are none."""
+
+    model, cache = nn.ModuleList([Caching()]).double(), Cache()
+    dr2net.convert(model)
+    with torch.no_grad():
+        for step in range(3):
+            model[0](build_input(), cache, step)
+    assert len(cache) == 3 and all(type(t) is Tensor for t in cache) and len(model.returns) == 1
 
 
 def test_asking_what_a_block_returns_leaves_no_trace() -> None:

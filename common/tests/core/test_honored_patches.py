@@ -228,6 +228,28 @@ def test_a_class_whose_forward_was_exchanged_is_not_converted() -> None:
         Block.forward = old
 
 
+@pytest.mark.parametrize("how", ["class of one block", "forward of the class"])
+def test_a_block_that_changes_its_class_after_the_conversion_is_refused(how: str) -> None:
+    from timm.models.vision_transformer import Block
+
+    class Merging(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model, x = FAMILIES["vit"]()
+    dr2net.convert(model)
+    old = Block.forward
+    try:
+        if how == "class of one block":
+            model.blocks[0].__class__ = Merging
+        else:
+            Block.forward = Merging.forward
+        with pytest.raises(ValueError, match=r"block 0 was converted and is not reversible any more: .*register"):
+            model(x)
+    finally:
+        Block.forward = old
+
+
 def test_what_was_replaced_outside_the_blocks_comes_back() -> None:
     net, x = build_net(2), build_input()
     double_forward(net.head)

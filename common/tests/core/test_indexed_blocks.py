@@ -93,6 +93,20 @@ def test_two_passes_may_run_side_by_side(inversion: str) -> None:
     assert torch.equal(a, expected[0]) and torch.equal(b, expected[1])
 
 
+def test_the_gradient_check_of_a_model_that_calls_parts_of_its_blocks_names_them() -> None:
+    def by_parts(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            x = x + block.mix(x)
+            x = x + block.mlp(x)
+        return x
+
+    net = Calling(build_net(2), by_parts)
+    dr2net.convert(net)
+    with pytest.raises(ValueError, match="the loss ran no reversible block of blocks"):
+        dr2net.gradient_error(net, build_input(), lambda net, x: net(x).sum())
+    assert net.blocks.ran == 0 and "0 of 4 branches ran" in repr(net)
+
+
 def test_a_block_stays_the_module_it_was() -> None:
     net = build_net(3)
     block = net.blocks[1]

@@ -70,6 +70,12 @@ def test_who_sets_the_coefficients_hears_nothing(order: str) -> None:
     assert warnings_of(lambda: net(build_input())) == []
 
 
+def test_loading_a_part_beside_the_blocks_raises_no_doubt() -> None:
+    net = fresh()
+    net.load_state_dict({"head.bias": torch.zeros(3).double()}, strict=False)
+    assert warnings_of(lambda: net(build_input())) == []
+
+
 def test_weights_of_a_plain_model_are_right_at_one_and_zero() -> None:
     net = fresh()
     net.load_state_dict(through_a_file(build_net(3).state_dict()))
