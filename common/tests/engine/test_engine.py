@@ -59,6 +59,28 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert learning_rate(1.0, replace(recipe, warmup_epochs=10)) == pytest.approx(0.1)
 
 
+def test_learning_rate_drops_at_shares_of_the_training():
+    recipe = Optimization(
+        epochs=12, warmup_epochs=0, learning_rate=1.0, decay="steps", drops=(0.5, 11 / 12), drop_factor=0.1
+    )
+    rates = [learning_rate(k / 12, recipe) for k in range(12)]
+    assert rates == pytest.approx([1.0] * 6 + [0.1] * 5 + [0.01])
+
+
+def test_the_longest_prefix_counts_and_vectors_decay_where_a_recipe_says_so():
+    model = Toy(depth=2)
+    multipliers = {"backbone.": 0.1, "backbone.blocks.1.": 0.5}
+    recipe = Optimization(multipliers=multipliers, weight_decay=0.3, decay_vectors=True)
+    groups = parameter_groups(model, recipe)
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        inner, outer = name.startswith("backbone.blocks.1."), name.startswith("backbone.")
+        assert scales[id(parameter)] == (0.5 if inner else 0.1 if outer else 1.0)
+    assert {group["weight_decay"] for group in groups} == {0.3}
+    with pytest.raises(ValueError, match="no parameter's name begins with backbon.x"):
+        parameter_groups(model, Optimization(multipliers={"backbon.x": 1.0}))
+
+
 def test_layer_decay_multiplier_and_weight_decay_reach_the_right_parameters():
     model = Toy(depth=2)
     recipe = Optimization(layer_decay=0.5, multipliers={"backbone.": 0.1}, weight_decay=0.3, learning_rate=1.0)
