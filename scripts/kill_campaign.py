@@ -5,10 +5,10 @@
 prints a table and writes results/kill_campaign.md. A run is the toy of the tests: 60 steps, a checkpoint every third,
 dropout, moving coefficients, averages. It is killed again and again until it ends by itself. The kinds of kills:
 
-    moment    SIGKILL after a random time
+    moment    SIGKILL at a random moment after a random number of checkpoints, or after a random time
     call      SIGKILL before, after or in the middle of a random call by which a checkpoint or Record reaches the disk
     signals   SIGTERM twice, as schedulers send it: the run saves and says so
-    pair      two processes train the same folder, and both are killed after a random time
+    pair      two processes train the same folder, and both are killed at such a moment
 
 After each kill the checkpoint must load; at the end weights, optimizer, averages, curve, gradient checks and metrics
 must be those of the undisturbed run, and no file must be left over. The hooks are put into the killed process by this
@@ -138,6 +138,16 @@ def wait(child: int) -> int:
     raise TimeoutError(f"run {child} hung for {PATIENCE_SECONDS} s")
 
 
+def wait_for_saves(output: Path, number: int) -> None:
+    """Until so many checkpoints more are there, or the run has ended."""
+    state, record = folder_of(output) / "checkpoint" / "state.json", folder_of(output) / "record.json"
+    deadline, seen = time.monotonic() + PATIENCE_SECONDS, state.stat().st_mtime_ns if state.exists() else 0
+    while number and not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+        found = state.stat().st_mtime_ns if state.exists() else 0
+        number, seen = number - (found != seen), found
+
+
 def disturb(kind: str, output: Path, draw: random.Random, seconds: float, calls: int) -> tuple[bool, str]:
     """Start the run and kill it once as `kind` says; (whether it was killed before its end, where)."""
     if kind == "call":
@@ -150,7 +160,11 @@ def disturb(kind: str, output: Path, draw: random.Random, seconds: float, calls:
         os.close(reader)
         return status == -signal.SIGKILL, name
     children = [fork(output) for _ in range(2 if kind == "pair" else 1)]
-    time.sleep(draw.uniform(0, seconds * 0.7))
+    if draw.random() < 0.8:  # a busy machine would be killed while it still imports
+        wait_for_saves(output, draw.randint(1, 6))
+        time.sleep(draw.uniform(0, 0.1))
+    else:
+        time.sleep(draw.uniform(0, seconds))
     for number in [signal.SIGTERM, signal.SIGTERM] if kind == "signals" else [signal.SIGKILL]:
         for child in children:
             os.kill(child, number)  # a child that has ended waits to be counted, so its number is still its own

@@ -8,6 +8,7 @@ Anything else is a fault of the program and keeps its traceback. Not here: what 
 
 import contextlib
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -22,13 +23,26 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowErr
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words and exit."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        _flush()
+        sys.exit(code)
     except subprocess.CalledProcessError as error:  # which has said itself what is wrong
         sys.exit(
             f"error: {shlex.join(['python', *error.cmd[1:]])} failed, see above; the same command goes on from there"
         )
     except USER_ERRORS as error:
         sys.exit(f"error: {one_line(error)}")
+
+
+def _flush() -> None:
+    """What could not be said (a full disk, a reader that has gone) is no failure of what has been done."""
+    if sys.stdout is None:  # closed from the start
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: BaseException) -> str:

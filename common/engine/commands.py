@@ -33,6 +33,7 @@ from engine.training.devices import build_accelerator, set_seed
 from engine.training.evaluation import collect_rows, score_once
 from engine.training.finetuning import autocast, load_trained
 from engine.training.fit import build_loaders, fit
+from engine.training.log import say
 from engine.training.plan import plan_row, publish_plan
 
 C = TypeVar("C", bound=Config)
@@ -54,7 +55,7 @@ def train(
             publish_plan(plan_row(config, planned, lambda: model.example_batch(config)), Path("results"))
             return
         record = fit(config, model.build_model(config), build_loaders(config, data), evaluate)
-        print(f"{record.row} seed {record.seed}: {_in_words(record.metrics)}")
+        say(f"{record.row} seed {record.seed}: {_in_words(record.metrics)}")
 
     run_command(main)
 

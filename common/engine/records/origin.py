@@ -52,8 +52,8 @@ def refuse_other_origin(changes: list[str], earlier: Mapping[str, Any], source: 
         back = f" (its code was that of commit {earlier['commit']})" if earlier.get("commit") else ""
         raise ValueError(
             f"{source} was made by another origin: {'; '.join(changes)}. No Record could say where the numbers of such "
-            f"a run come from. Put back what changed{back}, or give --run.no-resume to begin anew, or another "
-            "--run.output"
+            f"a run come from. Put back what changed{back}, or begin anew: with --run.no-resume, in another "
+            "--run.output, or by deleting this folder"
         )
 
 

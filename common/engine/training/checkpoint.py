@@ -40,6 +40,7 @@ FORMAT = 1
 SCRATCH = ".saving"  # where files are written before they get their names
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NAMES = {"model": "weights", "ema": "averages"}  # of the kinds of tensors, in messages
+MAX_NUMBER = 1e12  # steps and coefficients are far below
 MAX_STATE_BYTES = 64 * 2**20  # a curve of ten thousand epochs is far below
 
 
@@ -133,6 +134,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         for entry in state["files"].values():
             assert isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
+        for name in ("step", "alpha", "beta"):  # numbers with which training and prediction go on
+            value = state.get(name, 0)
+            whole = name == "step"
+            assert value is None and not whole or _is_number(value, whole), f"{name} is {value!r}"
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({type(error).__name__}: {error})") from error
     if state["format"] != FORMAT:
@@ -163,6 +168,11 @@ def _separate(tensors: Tensors) -> Tensors:
         seen.add(value.untyped_storage().data_ptr())
         result[key] = value
     return result
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    kinds = int if whole else int | float
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < MAX_NUMBER
 
 
 def _digest(path: Path) -> str:

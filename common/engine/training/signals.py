@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ def stop_signals() -> Iterator[list[int]]:
         if received.count(signal.SIGINT) > 1:
             raise KeyboardInterrupt
         hint = "again" if number == signal.SIGINT else "twice"
+        text = f"finishing this step, then saving; press Ctrl-C {hint} to stop at once\n"
         # Not print: it may be in the middle of a line of its own, or its reader gone.
-        with contextlib.suppress(OSError):
-            os.write(1, f"finishing this step, then saving; press Ctrl-C {hint} to stop at once\n".encode())
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stdout is not None:  # else descriptor 1 is of some other file
+                os.write(sys.stdout.fileno(), text.encode())
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

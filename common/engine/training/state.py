@@ -115,6 +115,9 @@ def resume(
 ) -> State:
     """Put everything where the checkpoint left it. ValueError, naming the file, when it does not fit."""
     found = checkpoint.load(folder)
+    missing = {"model", "optimizer", *(["ema"] if ema is not None else [])} - found.tensors.keys()
+    if missing:
+        raise ValueError(f"{folder}: the checkpoint holds no {' and no '.join(sorted(missing))}; train anew")
     load_tensors(model, found.tensors["model"], str(folder))
     restore_optimizer(model, optimizer, found.tensors["optimizer"], str(folder))
     if ema is not None:

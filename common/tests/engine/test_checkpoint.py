@@ -305,6 +305,18 @@ def test_a_missing_weight_file_is_named(folder):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "1"}, {"step": -1}, {"step": 1.5}, {"alpha": "a"}, {"beta": float("nan")}, {"beta": [1]}],
+    ids=str,
+)
+def test_a_state_whose_numbers_are_none_is_named(folder, changes):
+    path = folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=f"state.json: not the state of a checkpoint .*{next(iter(changes))} is"):
+        checkpoint.load(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', '{"files": {"model": []}}', "[" * 100_000])
 def test_a_damaged_state_is_named(folder, text):
     (folder / "state.json").write_text(text)

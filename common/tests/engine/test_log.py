@@ -61,20 +61,23 @@ def test_a_toy_run_ends_with_its_record_though_its_curves_are_deleted_all_the_ti
 
 
 @pytest.mark.parametrize("where", ["a full disk", "a reader that has gone", "a closed stream"])
-def test_a_run_ends_with_its_record_though_nobody_can_hear_it(tmp_path, where):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)])}
-    command = [sys.executable, str(SCRIPT), str(tmp_path), '{"run": {"log_every_steps": 1}}']
+def test_a_command_succeeds_with_its_record_though_nobody_can_hear_it(tmp_path, where):
+    paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)])
+    words = ["toy_vit_conventional", "--run.output", str(tmp_path), "--run.log-every-steps", "1"]
+    command = [sys.executable, "-m", "toy_task.train", *words]
     if where == "a full disk":
         if not os.path.exists("/dev/full"):
             pytest.xfail("this system has no /dev/full")
-        with open("/dev/full", "w") as full:
-            subprocess.run(command, env=environment, stdout=full, stderr=full)
-    elif where == "a reader that has gone":
-        reader, writer = os.pipe()
-        os.close(reader)
-        subprocess.run(command, env=environment, stdout=writer, stderr=writer)
-        os.close(writer)
+        stdout = os.open("/dev/full", os.O_WRONLY)
     else:
-        subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment)
+        reader, stdout = os.pipe()
+        os.close(reader)
+    if where == "a closed stream":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    os.close(stdout)
+    assert done.returncode == 0, done.stderr
     record = results.read_record(results.run_folder(toy_config(tmp_path)) / "record.json")
     assert record.curve[-1]["step"] == 12 and record.metrics
