@@ -129,9 +129,8 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
 
 
 def is_adapted(block: nn.Module) -> bool:
-    """Its branches are those of this library, not registered by the user."""
-    known = _known(type(block))
-    return known is not None and branches_of.registry[known].__module__ == "dr2net.adapters"
+    """Its branches are those of this library, not registered by the user. Of a block that has branches."""
+    return branches_of.dispatch(type(block)).__module__ == "dr2net.adapters"
 
 
 def forward_was_replaced(cls: type[nn.Module]) -> bool:

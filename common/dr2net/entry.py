@@ -39,6 +39,10 @@ class Entry:
         x, args, named = _input(block, args, named)
         return sequence.call_block(block, x, args, named)
 
+    def belongs_to(self, block: nn.Module, sequence: "ReversibleSequence") -> bool:
+        """False for what came along with a copy of a block."""
+        return self.block() is block and self.sequence is not None and self.sequence() is sequence
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":
         """Of the copied sequence, if that is being copied too."""
         sequence = None if self.sequence is None else memo.get(id(self.sequence()))
@@ -46,6 +50,12 @@ class Entry:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Entry, (self.block(), None if self.sequence is None else self.sequence())
+
+
+def entry_of(block: nn.Module) -> Entry | None:
+    """The Entry that is the block's forward, or that this calls as it says by `__wrapped__`."""
+    forward = inspect.unwrap(block.__dict__.get("forward", _input))
+    return forward if isinstance(forward, Entry) else None
 
 
 def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:

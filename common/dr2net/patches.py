@@ -5,7 +5,6 @@ inside it takes part in the branch that calls the module. What can be neither is
 remedy, when a model is converted and again at each pass. Not here: which modules a branch calls (`adapters.py`).
 """
 
-import inspect
 import types
 from collections.abc import Iterable
 
@@ -13,6 +12,8 @@ from torch import nn
 
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp")  # of timm, transformers,
 # Microsoft's and OpenMMLab's Swin: true when a module runs again in backward by its own means
+
+CONVERT_AGAIN = "call dr2net.deconvert(model), change the model, and dr2net.convert(model) again"
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -55,15 +56,12 @@ def refuse_backward_hooks(block: nn.Module, name: str) -> None:
         )
 
 
-def refuse_replaced_forward(block: nn.Module, name: str, entry: type) -> None:
-    """Of a reversible block, `forward` on the instance is an `entry`, or says by `__wrapped__` that it calls one."""
-    forward = block.__dict__.get("forward")
-    if isinstance(forward, entry) or (forward is not None and isinstance(inspect.unwrap(forward), entry)):
-        return
-    if forward is None:
+def refuse_replaced_forward(block: nn.Module, name: str) -> None:
+    """ValueError for a block of a sequence whose `forward` is not the one it got on conversion, nor a wrapper of it."""
+    if not has_own_forward(block):
         raise ValueError(
             f"{name} ({type(block).__name__}) came into its container after the conversion, or lost the forward that "
-            "it got there; call dr2net.deconvert(model), then dr2net.convert(model)"
+            f"it got there; {CONVERT_AGAIN}"
         )
     raise ValueError(
         f"the forward of {name} ({type(block).__name__}) was replaced on the instance, and its branches do not know "

@@ -2,7 +2,7 @@
 
 A branch registration says what a block computes, not how it hands that out, and `block(x)[0]` of a tensor would be the
 first sample of the batch. So the block's own forward is run once, on fake tensors: no numbers, memory or randomness,
-and what it or its hooks would leave behind is set aside. Blocks of other libraries are known to return tensors.
+and what it or its hooks would leave behind is set aside.
 """
 
 import copy
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
-
-from dr2net.branches import is_adapted
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -43,7 +41,7 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
 
     Raises ValueError if it returns more than one tensor, or none.
     """
-    if is_adapted(block) or isinstance(x, FakeTensor):
+    if isinstance(x, FakeTensor):
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
@@ -80,12 +78,12 @@ def _stand_in(mode: FakeTensorMode, value: Any) -> Any:
 def _set_aside(block: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     """Inside, hooks do not fire and all tensors are fake; attributes and what they hold are put back."""
     before = [(module, dict(module.__dict__)) for module in block.modules()]
-    for module, attributes in before:
-        module.__dict__.update({name: OrderedDict() for name in HOOKS})
-        for name in ("_buffers", "_parameters"):
-            fake = {key: None if t is None else mode.from_tensor(t) for key, t in attributes[name].items()}
-            module.__dict__[name] = fake
     try:
+        for module, attributes in before:
+            module.__dict__.update({name: OrderedDict() for name in HOOKS})
+            for name in ("_buffers", "_parameters"):
+                fake = {key: None if t is None else mode.from_tensor(t) for key, t in attributes[name].items()}
+                module.__dict__[name] = fake
         yield
     finally:
         for module, attributes in before:

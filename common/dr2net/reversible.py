@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
-from dr2net.entry import Entry
+from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
-from dr2net.patches import refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
+from dr2net.patches import CONVERT_AGAIN, refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
 
 if TYPE_CHECKING:
     from dr2net.sequence import ReversibleSequence
@@ -50,7 +50,11 @@ class Pass:
             refuse_backward_hooks(other, f"block {name}")
             if other.training:
                 refuse_checkpointing(other, f"block {name}")
-            refuse_replaced_forward(other, f"block {name}", Entry)
+            entry = entry_of(other)
+            if entry is None:
+                refuse_replaced_forward(other, f"block {name}")
+            elif not entry.belongs_to(other, sequence):
+                raise ValueError(f"block {name} was copied into its container after the conversion; {CONVERT_AGAIN}")
             self.end += 1
         if not any(self.branches[: self.expected]):
             sequence.ran = 0
@@ -63,12 +67,12 @@ class Pass:
         if not places:
             raise ValueError(
                 f"a {type(block).__name__} is no longer a block of {self.sequence.place}, or was wrapped there after "
-                "the conversion; call dr2net.deconvert(model), change the model, and dr2net.convert(model) again"
+                f"the conversion; {CONVERT_AGAIN}"
             )
         if not self.branches[places[0]]:
             raise ValueError(
                 f"block {self.blocks[places[0]][0]} was converted and is not reversible any more: "
-                f"{find_branches(block)[1]}; call dr2net.deconvert(model), then dr2net.convert(model)"
+                f"{find_branches(block)[1]}; {CONVERT_AGAIN}"
             )
         starts = [index for index in places if index == 0 or not self.branches[index - 1]]
         if not starts:
@@ -233,5 +237,6 @@ def _likely_cause() -> str:
         frame = frame.f_back
     return (
         ", and hooks on a block may not return another tensor. What happens between two blocks belongs into one of "
-        "them; or convert only a part of the model, as in dr2net.convert(model.encoder)"
+        "them; or convert only a part of the model, as in dr2net.convert(model.encoder). To call one block alone, copy "
+        "it: copy.deepcopy(block)"
     )

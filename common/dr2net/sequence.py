@@ -6,7 +6,6 @@ the arithmetic of a pass (`reversible.py`), and which containers are converted (
 """
 
 import functools
-import inspect
 from collections import OrderedDict
 from fractions import Fraction
 from typing import Any
@@ -17,9 +16,9 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dr2net import exact
-from dr2net.branches import find_branches
+from dr2net.branches import find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
-from dr2net.entry import Entry
+from dr2net.entry import Entry, entry_of
 from dr2net.options import Options
 from dr2net.returns import Returned, returned
 from dr2net.reversible import Pass
@@ -65,7 +64,7 @@ class ReversibleSequence(nn.Module):
         for block in self._modules.values():
             if isinstance(block.__dict__.get("forward"), Entry):
                 del block.forward
-            elif isinstance(entry := inspect.unwrap(block.forward), Entry):  # inside a wrapper that was put on later
+            elif (entry := entry_of(block)) is not None:  # inside a wrapper that was put on later
                 entry.sequence = None
         self.__class__ = self.container_type
         for name in STATE:
@@ -103,6 +102,8 @@ class ReversibleSequence(nn.Module):
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
         """See `returns.py`; asked once per kind of block and of arguments."""
+        if is_adapted(block):  # a block of a library that is known to return tensors
+            return None
         leaves, structure = tree_flatten((args, named))
         plain = [repr(value) if isinstance(value, bool | str | None) else type(value) for value in leaves]
         key = f"{type(block)} {structure} {plain}"

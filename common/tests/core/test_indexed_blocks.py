@@ -152,6 +152,35 @@ def test_a_block_that_came_in_after_the_conversion_is_refused() -> None:
         net(build_input())
 
 
+def test_a_block_that_was_copied_in_the_converted_model_is_refused() -> None:
+    net = converted(build_net(3), 0.5, 0.5)
+    net.blocks[2] = copy.deepcopy(net.blocks[0])
+    with pytest.raises(ValueError, match="block 2 was copied into its container after the conversion"):
+        net(build_input())
+
+
+def test_blocks_may_be_deleted_and_a_model_cut_to_a_slice_is_refused() -> None:
+    net, x = converted(build_net(3), 0.5, 0.5), build_input()
+    plain = build_net(3)
+    del net.blocks[1], plain.blocks[1]
+    assert relative([net(x)], [stored(plain, x, 0.5, 0.5)]) < 1e-8 and net.blocks.ran == 4
+    net.blocks = net.blocks[:1]
+    with pytest.raises(ValueError, match="container of this ToyBlock is gone"):
+        net(x)
+
+
+def test_a_model_that_was_compiled_and_run_before_is_converted_too() -> None:
+    net, x = build_net(2), build_input()
+    compiled = torch.compile(net, backend="eager")
+    expected = compiled(x)
+    dr2net.convert(net, inversion="float")
+    dr2net.set_coefficients(net, 0.5, 0.5)
+    assert relative([compiled(x)], [stored(build_net(2), x, 0.5, 0.5)]) < 1e-12 and net.blocks.ran == 4
+    dr2net.set_coefficients(net, 1, 0)
+    dr2net.deconvert(net)
+    assert torch.equal(compiled(x), expected)
+
+
 def test_a_block_wrapped_after_the_conversion_is_refused() -> None:
     class Wrapper(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
