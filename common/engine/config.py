@@ -22,6 +22,7 @@ SCHEDULES: dict[Method, Schedule] = {
 }
 Precision = Literal["fp32", "bf16", "fp16"]
 Preset = Literal["tiny", "laptop", "paper"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Split = Literal["train", "val", "test"]  # test: the validation samples, with all that the final evaluation asks for
 
 
@@ -99,6 +100,7 @@ class Run(Settings):
     evaluate_every_epochs: Count | None = 1  # None: only at the end
     save_every_steps: Count | None = None  # None: at each epoch's end
     log_every_steps: Count = 10
+    tracker: Tracker = "tensorboard"  # where the curves go; the package of another one must be installed
     resume: bool = True  # continue from the run folder's checkpoint if there is one
     max_steps: Count | None = None  # stop after so many steps (tests, dry runs)
 

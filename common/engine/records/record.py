@@ -22,7 +22,7 @@ from engine.settings import to_json
 Status = Literal["reproduced", "partial", "tiny", "not run"]
 SHARED = ("row", "task", "method", "preset")  # facts that all runs of a row have in common
 # Fields of `run` that change neither numbers nor measurements.
-INCIDENTAL = ("output", "num_workers", "save_every_steps", "log_every_steps", "resume")
+INCIDENTAL = ("output", "num_workers", "save_every_steps", "log_every_steps", "tracker", "resume")
 
 
 @dataclass(frozen=True)

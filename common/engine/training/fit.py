@@ -133,6 +133,7 @@ def _fit(
         samples=recipe.global_batch,
         every=run.log_every_steps,
         speak=main,
+        tracker=run.tracker,
     )
     with log, stop_signals() as received:
         for number, batches in steps_of(

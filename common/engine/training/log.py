@@ -1,7 +1,8 @@
 """What a run says while it runs: a progress line on a terminal, plain lines elsewhere, tensorboard curves always.
 
-Only the main process speaks. Numbers go to `<run folder>/tensorboard`; `tensorboard --logdir runs` shows them. What
-cannot be written (a full disk, a deleted folder, a pipe whose reader has gone) is lost; the training is not.
+Only the main process speaks. Numbers go to `<run folder>/tensorboard`, which `tensorboard --logdir runs` shows, or with
+`--run.tracker` to another of accelerate's. What cannot be written (a full disk, a deleted folder, a pipe whose reader
+has gone) is lost; the training is not.
 """
 
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
+
+from engine.config import Tracker
 
 # The disk is full; the stream is closed, or cannot spell a name; the reader has gone (rich then exits).
 LOST = (OSError, ValueError, SystemExit)
@@ -31,13 +35,22 @@ class Log:
     """Context manager around a run. `total` and `done` count optimizer steps, `samples` is the global batch."""
 
     def __init__(
-        self, folder: Path, title: str, *, total: int, done: int, samples: int, every: int, speak: bool
+        self,
+        folder: Path,
+        title: str,
+        *,
+        total: int,
+        done: int,
+        samples: int,
+        every: int,
+        speak: bool,
+        tracker: Tracker = "tensorboard",
     ) -> None:
         self.every, self.samples, self.speak, self.total = max(every, 1), samples, speak, total
         self.console = Console(highlight=False, soft_wrap=True)
         self.live = speak and sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
         self.writer: Any = None  # made when the first curve is drawn, and again after it failed
-        self.folder, self.done = folder / "tensorboard", done
+        self.tracker, self.folder, self.title, self.done = tracker, folder, title, done
         self.last = (done, time.perf_counter())
         self.rate = 0.0
         if speak:
@@ -70,8 +83,8 @@ class Log:
                 self.progress.stop()
             self.draw({}, self.done)
             if self.writer is not None:
-                with suppress(*LOST):
-                    self.writer.close()
+                with suppress(Exception):  # as in `draw`
+                    self.writer.finish()
 
     def step(self, step: int, losses: dict[str, float], rate: float, alpha: float | None, beta: float | None) -> None:
         """After optimizer step number `step` (1 is the first)."""
@@ -108,19 +121,26 @@ class Log:
         """Points of curves; a warning where they cannot be written."""
         if not self.speak:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         try:
-            if self.writer is None or not self.folder.is_dir():
-                # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.done)
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+            if self.writer is None or (self.tracker == "tensorboard" and not (self.folder / self.tracker).is_dir()):
+                self.writer = self._build_tracker()
+                self.writer.start()
+            if scalars:
+                self.writer.log(scalars, step)
             self.done = step
         except Exception as error:  # of its thread, its protocol buffers or the disk: none is worth the training
             self.writer = None
             self.note(f"warning: the curves of step {step} are lost ({error})")
+
+    def _build_tracker(self) -> Any:
+        """Accelerate's; ImportError if its package is not installed."""
+        kind = LOGGER_TYPE_TO_CLASS[self.tracker]
+        if self.tracker == "tensorboard":
+            # After a crash the steps behind the checkpoint are run again: hide the orphaned points.
+            return kind("tensorboard", logging_dir=self.folder, purge_step=self.done)
+        if self.tracker == "wandb":
+            return kind("dr2net", name=self.title, dir=str(self.folder))
+        return kind("dr2net", run_name=self.title)
 
     def track(self, batches: DataLoader) -> Iterator[Any]:
         """The batches of an evaluation, counted on a line of their own while they pass."""

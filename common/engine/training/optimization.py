@@ -111,20 +111,10 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<slot>` -> tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{slot}": value
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
-    }
-
-
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str
 ) -> None:
-    """Inverse of `optimizer_tensors`; ValueError when a parameter is not one that trains here, has not AdamW's slots,
+    """Inverse of `state.full_tensors`; ValueError when a parameter is not one that trains here, has not AdamW's slots,
     or these have another shape, another kind of numbers or values that are not finite.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

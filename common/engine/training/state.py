@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from engine.config import Config
 from engine.records.origin import Origin, refuse_other_origin
@@ -14,7 +15,7 @@ from engine.records.record import refuse_other_recipe
 from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.ema import EMA
-from engine.training.optimization import optimizer_tensors, restore_optimizer
+from engine.training.optimization import restore_optimizer
 from engine.weights import load_tensors
 
 MAX_DURATIONS = 1000
@@ -74,14 +75,25 @@ def save(
     origin: Origin,
 ) -> None:
     """Write the run's checkpoint from the main process; every process waits for it."""
+    tensors = full_tensors(model, optimizer)  # every process has a part in it where a model is sharded
     if accelerator.is_main_process:
-        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
         if ema is not None:
             tensors["ema"] = ema.tensors
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         identity = {"row": config.row, "seed": config.run.seed, "config": to_json(config), "origin": asdict(origin)}
         checkpoint.save(folder, tensors, {**asdict(state), "scaler": scaler, **identity})
     accelerator.wait_for_everyone()
+
+
+def full_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Weights by name and the optimizer's state as `<parameter>/<slot>`, whole and on the CPU, sharded or not.
+
+    Empty but on the main process, if there are several.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    slots = {f"{name}/{slot}": value for name, own in state.get("state", {}).items() for slot, value in own.items()}
+    return {"model": dict(weights), "optimizer": slots}
 
 
 def may_resume(folder: Path, config: Config, origin: Origin, last_step: int) -> str:

@@ -14,7 +14,8 @@ from engine.backbones.video_swin import build_video_swin
 from engine.backbones.video_vit import build_image_vit
 from engine.training import checkpoint
 from engine.training.ema import EMA
-from engine.training.optimization import build_optimizer, optimizer_tensors, restore_optimizer
+from engine.training.optimization import build_optimizer, restore_optimizer
+from engine.training.state import full_tensors
 from engine.weights import load_tensors, load_weights, read_state_dict
 
 
@@ -154,7 +155,7 @@ def trained(model: nn.Module) -> torch.optim.Optimizer:
 )
 def test_the_state_of_the_optimizer_is_checked(change, message):
     model = Toy()
-    tensors = optimizer_tensors(model, trained(model)) | change
+    tensors = full_tensors(model, trained(model))["optimizer"] | change
     tensors = {key: value for key, value in tensors.items() if value is not None}
     other = Toy()
     optimizer = build_optimizer(other, toy_vit("conventional").optimization)
