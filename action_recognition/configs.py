@@ -112,7 +112,7 @@ class Config(engine_config.Config):
 def motion_tiny(method: Method) -> Config:
     """The tiny preset: a 1.4 M parameter ViT, pretrained by action_recognition/pretrain.py, learns ten motions.
 
-    python -m action_recognition.prepare --tiny && python -m action_recognition.train motion_tiny_dr2net
+    python -m action_recognition.prepare --preset tiny && python -m action_recognition.train motion_tiny_dr2net
     Chance is 10 top-1.
     """
     return Config(

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from action_recognition.configs import TINY_WEIGHTS, row
+from action_recognition.configs import TINY_WEIGHTS, motion_tiny
 from action_recognition.head import GridHead
 from engine.backbones.video_vit import VideoViT, build_tiny_vit
 from engine.synthetic.clips import draw_clips, whiten_embedding
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help=f"of {BATCH} clips")
     parser.add_argument("--output", type=Path, default=Path(TINY_WEIGHTS))
     arguments = parser.parse_args()
-    config = row("motion_tiny_conventional")
+    config = motion_tiny("conventional")
     num_frames, size = config.data.num_frames, config.data.image_size
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

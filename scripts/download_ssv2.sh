@@ -33,7 +33,7 @@ if [ ! -e "$VIDEOS/.complete" ]; then
 fi
 if [ ! -f "$ROOT/something-something-v2-labels.json" ] && [ ! -f "$ARCHIVES/$LABELS" ]; then missing=1; fi
 if [ "$missing" = 1 ]; then
-  "$PYTHON" -m action_recognition.prepare --kind ssv2 --root "$ROOT" --download
+  "$PYTHON" -m action_recognition.prepare --kind ssv2 --root "$ROOT" --download --dry-run
   [ "$DRY_RUN" = 1 ] || exit 1
 fi
 

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from action_recognition.data import Clips, Data, build_loaders, build_test_loader, class_names, collate, read_entries
+from action_recognition import data as data_file
+from action_recognition.configs import Data
+from action_recognition.data import Clips, build_dataset, collate, read_entries
 from engine.config import Run
 from engine.data import transforms
+from engine.data.loader import build_loader
 from engine.data.video import BrokenVideo, write_video
+from engine.training.fit import build_loaders
 
 NUM_CLASSES, SIZE, LENGTH = 3, 32, 10
 
@@ -53,7 +57,11 @@ def config(data: Data, **run) -> SimpleNamespace:
 
 
 def batches(data: Data, **run) -> list[dict]:
-    return list(build_loaders(config(data, **run)).train)
+    return list(build_loaders(config(data, **run), data_file).train)
+
+
+def class_names(data: Data) -> list[str]:
+    return data_file.class_names(config(data))
 
 
 RANDOM = {
@@ -74,7 +82,7 @@ def test_batches_have_the_promised_shapes(data):
     assert batch["label"].shape == (2,) and batch["label"].dtype == torch.long
     assert [int(name) % NUM_CLASSES for name in batch["name"]] == batch["label"].tolist()
     assert batch["skipped"] == [] and "target" not in batch and "view" not in batch
-    validation = next(iter(build_loaders(config(data)).val))
+    validation = next(iter(build_loaders(config(data), data_file).val))
     assert validation["name"] == ["8", "9"] and validation["view"].tolist() == [0, 0]
 
 
@@ -152,13 +160,14 @@ def test_dense_sampling_goes_by_time_where_the_frame_rate_varies():
 
 
 def test_views_are_segments_times_crops_and_cover_left_to_right(data):
-    loader = build_test_loader(config(replace(data, test_segments=2, test_crops=3), micro_batch=6))
+    dataset = build_dataset(config(replace(data, test_segments=2, test_crops=3)), "test")
+    loader = build_loader(dataset, batch_size=6, seed=0, train=False, num_workers=0, collate=collate)
     batch = next(iter(loader))
     assert batch["name"] == ["8"] * 6 and batch["view"].tolist() == list(range(6))
     brightness = batch["video"].mean(dim=(1, 2, 3, 4))
     assert brightness[0] < brightness[1] < brightness[2]  # the right half is brighter
     assert brightness[0] < brightness[3]  # the second segment is later, so brighter
-    assert len(loader.dataset) == 4 * 6
+    assert len(dataset) == 4 * 6
 
 
 def test_random_crops_stay_inside_and_keep_their_share():
@@ -319,7 +328,7 @@ def test_own_videos_come_from_folders_or_lists(tmp_path):
         ("val/jump/1.mp4", 1),
         ("val/run/1.mp4", 0),
     ]
-    assert next(iter(build_loaders(config(listed)).val))["label"].tolist() == [1, 0]
+    assert next(iter(build_loaders(config(listed), data_file).val))["label"].tolist() == [1, 0]
 
 
 def test_the_cache_changes_no_sample_keeps_its_limit_and_sees_a_changed_file(data, monkeypatch):

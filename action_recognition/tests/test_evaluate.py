@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_recognition.evaluate import View, evaluate, merge, score, write_predictions
+from action_recognition import evaluate
+from action_recognition.configs import ROWS
+from action_recognition.evaluate import View, collect, merge, write
+
+CONFIG = ROWS["motion_tiny_dr2net"]()
+NAMES = [f"class {k}" for k in range(10)]
+
+
+def score(views: list[View]) -> dict[str, float]:
+    return evaluate.score(views, NAMES, CONFIG)
 
 
 def view(name: str, number: int, label: int, probabilities: list[float]) -> View:
@@ -70,14 +79,9 @@ def test_nan_and_contradicting_labels_and_absent_classes_are_errors():
         score([])
 
 
-def test_evaluate_softmaxes_logits_and_does_not_depend_on_the_batch_size():
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, batch):
-            return {"logits": batch["video"].flatten(1)[:, :3]}
+def test_collect_softmaxes_logits_and_does_not_depend_on_the_batch_size():
+    def network(batch: dict) -> dict:
+        return {"logits": batch["video"]}
 
     logits = torch.tensor([[9.0, 0, 0], [0, 3, 2.9], [0, 1, 0], [5, 0, 4.9]])
     labels, names, numbers = torch.tensor([0, 2, 2, 2]), ["a", "b", "b", "c"], torch.tensor([0, 0, 1, 0])
@@ -86,12 +90,14 @@ def test_evaluate_softmaxes_logits_and_does_not_depend_on_the_batch_size():
         cuts = [slice(i, i + size) for i in range(0, 4, size)]
         return [{"video": logits[c], "label": labels[c], "name": names[c], "view": numbers[c]} for c in cuts]
 
-    assert evaluate(Network(), batches(1)) == evaluate(Network(), batches(4))
-    assert evaluate(Network(), batches(4))["top1"] == pytest.approx(100 / 3)
+    one, four = ([v for batch in batches(size) for v in collect(network, batch, CONFIG)] for size in (1, 4))
+    assert all(float(v.probabilities.sum()) == pytest.approx(1) for v in four)
+    assert score(one) == score(four)
+    assert score(four)["top1"] == pytest.approx(100 / 3)
 
 
 def test_predictions_are_written_best_first(tmp_path):
-    write_predictions(tmp_path / "p.json", merge([view("a", 0, 1, [0.2, 0.7, 0.1])]), ["up", "down", "left"])
-    entry = json.loads((tmp_path / "p.json").read_text())["a"]
+    path = write(tmp_path, [view("a", 0, 1, [0.2, 0.7, 0.1])], ["up", "down", "left"], CONFIG)
+    entry = json.loads(path.read_text())["a"]
     assert entry["label"] == "down"
     assert [name for name, _ in entry["top5"]] == ["down", "up", "left"]

@@ -7,46 +7,46 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from action_recognition.configs import Config, Model, row
-from action_recognition.head import MeanHead, build_criterion
-from action_recognition.model import build_model, example_batch, without_weights
-from engine.config import METHODS
+from action_recognition.configs import ROWS, Config, Model
+from action_recognition.head import MeanHead, classification_loss
+from action_recognition.model import build_model, example_batch
+from engine.config import METHODS, Finetuning
 from engine.records.record import publish
 from engine.training.finetuning import apply_method
 from engine.training.plan import plan_row, publish_plan
 
 
 def tiny(**changes) -> Config:
-    config = without_weights(row("motion_tiny_dr2net"))
+    config = ROWS["motion_tiny_dr2net"]()
     data = replace(config.data, num_frames=4, image_size=32)
-    return replace(config, data=data, **changes)
+    return replace(config, **{"data": data, "model": replace(config.model, weights=None)} | changes)
 
 
 def test_the_tiny_network_has_one_to_two_million_parameters():
-    count = sum(p.numel() for p in build_model(without_weights(row("motion_tiny_dr2net"))).parameters())
+    count = sum(p.numel() for p in build_model(ROWS["motion_tiny_dr2net"](), pretrained=False).parameters())
     assert 1e6 < count < 2e6
 
 
-@pytest.mark.parametrize("family", ["video_vit", "videomae"])
-def test_logits_have_the_classes_and_every_parameter_trains(family):
-    config = tiny()
-    if family == "videomae":
-        config = replace(config, model=Model(family=family, name="any-small", weights=None, depth=1))
+@pytest.mark.parametrize("architecture", ["video_vit", "videomae"])
+def test_logits_have_the_classes_and_every_parameter_trains(architecture):
+    config = tiny(label_smoothing=0.1)
+    if architecture == "videomae":
+        config = replace(config, model=Model(architecture=architecture, name="any-small", weights=None, depth=1))
     model = build_model(config)
     batch = {**example_batch(config), "video": torch.randn(2, 3, 4, 32, 32), "label": torch.tensor([0, 9])}
     outputs = model(batch)
     assert outputs["logits"].shape == (2, 10)
-    sum(build_criterion(num_classes=10, label_smoothing=0.1)(outputs, batch).values()).backward()
+    sum(model.losses(outputs, batch).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_applies_and_keeps_parameter_names(method):
     config = tiny()
-    config = replace(config, finetuning=replace(config.finetuning, method=method))
+    config = replace(config, finetuning=Finetuning(method=method, options=config.finetuning.options))
     model = build_model(config)
     names = [name for name, _ in model.named_parameters()]
-    apply_method(model.backbone, config.finetuning)
+    apply_method(model, config.finetuning)
     assert [name for name, _ in model.named_parameters()] == names
     model({"video": torch.randn(2, 3, 4, 32, 32)})["logits"].sum().backward()
     assert all((p.grad is None) == (method == "frozen") for p in model.backbone.blocks.parameters())
@@ -61,20 +61,18 @@ def test_layers_reach_from_zero_to_the_head():
 
 def test_the_loss_of_hard_labels_is_that_of_their_one_hot_targets_and_is_smoothed_once():
     logits, label = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
-    criterion = build_criterion(num_classes=4, label_smoothing=0.1)
-    hard = criterion({"logits": logits}, {"label": label})["classification"]
+    hard = classification_loss(logits, {"label": label}, 0.1)
     target = torch.nn.functional.one_hot(label, 4).float()
-    soft = criterion({"logits": logits}, {"label": label, "target": target})["classification"]
+    soft = classification_loss(logits, {"label": label, "target": target}, 0.1)
     torch.testing.assert_close(hard, soft)
     torch.testing.assert_close(hard, torch.nn.functional.cross_entropy(logits, label, label_smoothing=0.1))
 
 
 def test_the_loss_is_float32_under_autocast():
-    criterion = build_criterion(num_classes=4, label_smoothing=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = {"logits": MeanHead(8, 4)(torch.randn(2, 3, 8))}
-        assert outputs["logits"].dtype == torch.bfloat16
-        assert criterion(outputs, {"label": torch.tensor([0, 1])})["classification"].dtype == torch.float32
+        logits = MeanHead(8, 4)(torch.randn(2, 3, 8))
+        assert logits.dtype == torch.bfloat16
+        assert classification_loss(logits, {"label": torch.tensor([0, 1])}, 0.0).dtype == torch.float32
 
 
 def test_weights_of_another_model_and_missing_files_are_named(tmp_path):
@@ -87,8 +85,7 @@ def test_weights_of_another_model_and_missing_files_are_named(tmp_path):
 
 def test_a_planned_row_is_not_run_and_never_replaces_a_real_one(tmp_path):
     config = tiny(model=Model(weights=None, depth=None))
-    criterion = build_criterion(num_classes=10, label_smoothing=0.0)
-    record = plan_row(config, build_model(config), criterion, lambda: example_batch(config))
+    record = plan_row(config, build_model(config), lambda: example_batch(config))
     assert (record.status, record.metrics, record.memory["source"]) == ("not run", {}, "predicted")
     assert record.memory["peak"] > record.memory["parameters"] > 1e6
     path = publish_plan(record, tmp_path)
@@ -100,7 +97,7 @@ def test_a_planned_row_is_not_run_and_never_replaces_a_real_one(tmp_path):
 
 def test_the_committed_weights_fit_the_tiny_row_and_are_small(monkeypatch):
     root = Path(__file__).resolve().parents[2]
-    config = row("motion_tiny_dr2net")
+    config = ROWS["motion_tiny_dr2net"]()
     monkeypatch.chdir(root)
     assert (root / config.model.weights).stat().st_size < 5e6
     build_model(config)

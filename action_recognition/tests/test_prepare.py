@@ -17,13 +17,28 @@ import pytest
 
 from action_recognition import prepare
 from action_recognition.compose import Composition, write_dataset
-from action_recognition.data import Data, read_entries
-from action_recognition.prepare import Arguments, check, compose, download_kinetics, main
+from action_recognition.configs import ROWS, Data
+from action_recognition.data import read_entries
+from action_recognition.prepare import Arguments, compose, download_kinetics, fetch
+from engine import commands
+from engine.data.check import Check
 from engine.data.download import DownloadError
 from engine.data.video import write_video
 
 SMALL = Composition(num_classes=4, num_train=30, num_validation=8, size=32, num_frames=(4, 5))
 ROOT = Path(__file__).parents[2]
+
+
+def check(root: Path, **asked) -> Check:
+    return prepare.check(Arguments(**{"kind": "ssv2", "root": root, "workers": 1} | asked))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str:
+    """The exit status of the command line, or the line that it ends with."""
+    monkeypatch.setattr(sys, "argv", ["prepare", *words])
+    with pytest.raises(SystemExit) as stop:
+        commands.prepare(Arguments, ROWS, compose=compose, check=prepare.check, download=fetch)
+    return stop.value.code or 0
 
 
 @pytest.fixture
@@ -33,45 +48,47 @@ def motion(tmp_path) -> Path:
 
 
 def test_a_complete_composed_set_passes(motion):
-    found = check(Data(root=motion), workers=1, open_files=True)
+    found = check(motion, probe=True)
     assert found.problems == [] and found.counts == {"classes": 4, "train": 30, "validation": 8, "videos": 38}
 
 
-def test_missing_videos_are_counted_and_the_first_twenty_named(motion):
+def test_missing_videos_are_counted_and_the_first_twenty_named(motion, monkeypatch):
     for number in range(1, 26):
         (motion / prepare.VIDEO_FOLDER / f"{number}.mp4").unlink()
-    found = check(Data(root=motion), workers=1)
+    found = check(motion)
     assert len(found.problems) == 1
     assert "25 something-something-v2-train.json: of 30 videos are missing" in found.problems[0]
     assert ", 20, ..." in found.problems[0] and "21" not in found.problems[0].split("):")[1]
     assert (motion / "missing_train.txt").read_text().split() == [str(n) for n in range(1, 26)]
-    assert main(Arguments(root=motion)) == 1
+    assert run(monkeypatch, "--kind", "ssv2", "--root", str(motion)) == 1
 
 
 def test_damaged_videos_are_found_only_by_opening(motion):
     path = motion / prepare.VIDEO_FOLDER / "5.mp4"
     path.write_bytes(path.read_bytes()[:-300])
-    assert check(Data(root=motion), workers=1).problems == []
-    (problem,) = check(Data(root=motion), workers=1, open_files=True).problems
+    assert check(motion).problems == []
+    (problem,) = check(motion, probe=True).problems
     assert "5.mp4: is cut short" in problem and (motion / "damaged_train.txt").is_file()
 
 
 def test_the_official_counts_are_asked_of_a_set_that_was_not_composed(motion):
     (motion / "composition.json").unlink()
-    problems = check(Data(root=motion), workers=1).problems
+    problems = check(motion).problems
     assert "train: 30 instead of the official 168913" in problems
     assert "classes: 4 instead of the official 174" in problems and len(problems) == 4
 
 
-def test_an_absent_set_says_what_to_request(tmp_path, capsys):
-    assert main(Arguments(root=tmp_path)) == 1
+def test_an_absent_set_says_what_to_request(tmp_path, capsys, monkeypatch):
+    words = ("--kind", "ssv2", "--root", str(tmp_path))
+    assert f"scripts/download_ssv2.sh {tmp_path}" in run(monkeypatch, *words)
+    run(monkeypatch, *words, "--download", "--dry-run")
     printed = capsys.readouterr().out
     assert "accept the licence" in printed and f"scripts/download_ssv2.sh {tmp_path}" in printed
 
 
 def test_composing_twice_writes_once(tmp_path, capsys):
     for state in ("written", "complete already"):
-        compose(tmp_path / "m", SMALL, workers=1)
+        compose(Arguments(preset="tiny", root=tmp_path / "m", composition=SMALL, workers=1))
         assert f"38 clips in 4 classes, {state}" in capsys.readouterr().out
 
 
@@ -115,10 +132,10 @@ def mirror(tmp_path) -> Iterator[tuple[str, Path]]:
     server.server_close()
 
 
-def test_kinetics_is_fetched_unpacked_checked_and_not_fetched_again(mirror, tmp_path):
+def test_kinetics_is_fetched_unpacked_checked_and_not_fetched_again(mirror, tmp_path, monkeypatch):
     url, _ = mirror
     root = tmp_path / "k400"
-    assert main(Arguments(kind="kinetics", root=root, download=True, mirror=url, workers=1)) == 0
+    assert run(monkeypatch, "--kind", "kinetics", "--root", str(root), "--download", "--mirror", url) == 0
     entries = read_entries(Data(kind="kinetics", root=root, num_classes=2), "train")
     assert [entry.label for entry in entries] == [0, 1] and "replacement" in entries[1].path
     assert not list((root / "archives").iterdir())
@@ -136,11 +153,9 @@ def test_an_interrupted_kinetics_download_goes_on_with_the_next_archive(mirror, 
     assert [address.rsplit("/", 2)[-2:] for address in handled][0] == ["train", "part_1.tar.gz"] and len(handled) == 3
 
 
-def test_a_dry_run_fetches_nothing(tmp_path, capsys):
-    arguments = Arguments(
-        kind="kinetics", root=tmp_path / "k", download=True, dry_run=True, mirror="http://127.0.0.1:9"
-    )
-    assert main(arguments) == 0
+def test_a_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
+    words = ("--kind", "kinetics", "--root", str(tmp_path / "k"), "--mirror", "http://127.0.0.1:9")
+    assert run(monkeypatch, *words, "--download", "--dry-run") == 0
     assert "would fetch http://127.0.0.1:9/annotations/train.csv" in capsys.readouterr().out
     assert not (tmp_path / "k").exists()
 

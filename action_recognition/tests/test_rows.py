@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 
-from action_recognition.configs import FAMILIES, ROWS, SCHEDULES, Config, row
-from engine.commands import config_of_checkpoint, parse_config
+from action_recognition.configs import ROWS, SETTINGS, Config
 from engine.config import METHODS
 from engine.records.record import run_folder
-from engine.settings import to_json
+from engine.rows import find_row
 from engine.training.finetuning import coefficients
+
+
+def row(name: str) -> Config:
+    return find_row(ROWS, name)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -17,30 +20,32 @@ def test_a_row_is_named_after_itself_and_its_batch_divides(name):
     config = row(name)
     assert config.row == name
     setting = name.partition(f"_{config.finetuning.method}")[2]
-    assert setting == "" or setting.removeprefix("_") in (*SCHEDULES, "float")
+    assert setting == "" or setting.removeprefix("_") in (*SETTINGS, "float")
     assert config.optimization.global_batch % config.run.micro_batch == 0
     assert config.optimization.warmup_epochs < config.optimization.epochs
     assert run_folder(config).parts[-3:] == ("action_recognition", name, "seed0")
 
 
 def test_methods_of_a_family_differ_in_the_method_only():
-    for family in FAMILIES:
-        configs = [family(method) for method in METHODS]
+    families = [name.removesuffix("_frozen") for name in ROWS if name.endswith("_frozen")]
+    for family in families:
+        configs = [row(f"{family}_{method}") for method in METHODS]
         same = {repr(dataclasses.replace(config, row="", finetuning=configs[0].finetuning)) for config in configs}
-        assert len(same) == 1, family.__name__
+        assert len(same) == 1, family
+        options = {config.finetuning.options for config in configs}
+        assert len(options) == 1, family
 
 
 def test_rows_of_the_schedule_ablation_differ_in_their_coefficients_only():
     base = row("motion_vits_dr2net")
     settings = set()
-    for setting in SCHEDULES:
+    for setting in SETTINGS:
         config = row(f"motion_vits_dr2net_{setting}")
-        settings.add((config.finetuning.path, config.finetuning.start, config.finetuning.end))
-        f = dataclasses.replace(config.finetuning, path="constant", start=(0.5, 0.5), end=(0.5, 0.5), until=0.6)
-        expected = dataclasses.replace(base.finetuning, inversion="exact", path="constant", start=(0.5, 0.5))
-        expected = dataclasses.replace(expected, end=(0.5, 0.5), until=0.6)
-        assert dataclasses.replace(config, row=base.row, finetuning=f) == dataclasses.replace(base, finetuning=expected)
-    assert len(settings) == len(SCHEDULES)
+        settings.add(config.finetuning.schedule)
+        assert config.finetuning.options.inversion == "exact"
+        finetuning = dataclasses.replace(config.finetuning, schedule=base.finetuning.schedule)
+        assert dataclasses.replace(config, row=base.row, finetuning=finetuning) == base
+    assert len(settings) == len(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_alternating_moves_alpha_and_beta_in_turn():
     assert moves == [(True, False), (False, True)] * 20
 
 
-@pytest.mark.parametrize("setting", [name for name in SCHEDULES if name.startswith(("convex", "constant"))])
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name.startswith(("convex", "constant"))])
 def test_convex_rows_keep_alpha_plus_beta_at_one(setting):
     finetuning = row(f"motion_vits_dr2net_{setting}").finetuning
     for k in range(101):
@@ -81,7 +86,7 @@ def test_convex_rows_keep_alpha_plus_beta_at_one(setting):
 
 
 def test_only_the_float_row_trains_without_exact_inversion():
-    assert [name for name in ROWS if row(name).finetuning.inversion != "exact"] == ["motion_vits_dr2net_float"]
+    assert [name for name in ROWS if row(name).finetuning.options.inversion != "exact"] == ["motion_vits_dr2net_float"]
 
 
 def test_left_and_right_are_never_mirrored():
@@ -91,35 +96,3 @@ def test_left_and_right_are_never_mirrored():
 def test_an_unknown_row_names_its_neighbours():
     with pytest.raises(ValueError, match="motion_tiny_dr2net"):
         row("motion_tiny_drnet")
-
-
-def test_the_command_line_overrides_fields_and_renames_the_row_with_its_method():
-    arguments = ["motion_tiny_dr2net", "--method", "frozen", "--seed", "3", "--optimization.epochs", "2"]
-    config = parse_config(row, [*arguments, "--model.weights", "None"])
-    assert (config.row, config.finetuning.method) == ("motion_tiny_frozen", "frozen")
-    assert (config.run.seed, config.optimization.epochs, config.model.weights) == (3, 2, None)
-
-
-@pytest.mark.parametrize("arguments", [["--finetuning.method", "frozen"], ["--row", "other"]])
-def test_a_method_behind_the_rows_back_is_refused(arguments):
-    with pytest.raises(ValueError, match="--method METHOD"):
-        parse_config(row, ["motion_tiny_dr2net", *arguments])
-
-
-def test_an_unknown_flag_stops_the_command(capsys):
-    with pytest.raises(SystemExit):
-        parse_config(row, ["motion_tiny_dr2net", "--optimization.epoch", "2"])
-
-
-@pytest.mark.parametrize("name", ["motion_tiny_dr2net", "k400_vitb_frozen"])
-def test_a_config_survives_the_checkpoint(tmp_path, name, monkeypatch):
-    import json
-
-    monkeypatch.chdir(tmp_path)
-    state = {"format": 1, "files": {}, "config": to_json(row(name))}
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    assert config_of_checkpoint(tmp_path, Config) == row(name)
-    del state["config"]["data"]["root"]
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="root"):
-        config_of_checkpoint(tmp_path, Config)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from action_recognition import table_schedule
-from action_recognition.configs import row
+from action_recognition.configs import ROWS
 from engine.config import Finetuning
 from engine.records import record as results
 from engine.settings import to_json
@@ -18,7 +18,7 @@ MIB = 2**20
 def folder(tmp_path: Path) -> Path:
     """A results folder with three seeds of every row of the ablation."""
     first = results.build_record(
-        row("motion_vits_conventional"),
+        ROWS["motion_vits_conventional"](),
         metrics={},
         memory={"source": "measured", "activations": 300 * MIB},
         seconds={"step": 0.25},
@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
     )
     errors = [{"epoch": epoch, "alpha": 1.0, "beta": 0.1, "error": error} for epoch, error in enumerate((0.0, 2e-7))]
     records = []
-    for place, name in enumerate(table_schedule.ROWS):
-        config = row(name)
+    for place, name in enumerate(table_schedule.SETTING_ROWS):
+        config = ROWS[name]()
         run = replace(first, row=name, method=config.finetuning.method, guard=[] if place == 0 else errors)
         run = replace(run, memory={**first.memory, "peak": (500 + place) * MIB})
         for seed in (0, 1, 2):
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_stored_bits_are_those_of_the_worst_moment(name, bits):
-    assert table_schedule.stored_bits(row(f"motion_vits_dr2net_{name}").finetuning) == bits
+    assert table_schedule.stored_bits(ROWS[f"motion_vits_dr2net_{name}"]().finetuning) == bits
 
 
 def test_stored_bits_of_the_other_methods():
@@ -68,7 +68,7 @@ def test_table_and_figure_come_from_the_records(folder, capsys, monkeypatch):
     text = (folder / "action_recognition" / "schedule.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert len(lines) == len(table_schedule.ROWS)
+    assert len(lines) == len(table_schedule.SETTING_ROWS)
     assert lines[0] == "| conventional | - | - | 72.0 ± 2.0 | 3 | - | - | 500 | 0.25 |"
     assert lines[1] == "| reversible | (0, 1) | exact | 73.0 ± 2.0 | 3 | 2.0e-07 | 0 | 501 | 0.25 |"
     assert (
@@ -100,8 +100,10 @@ def test_no_record_is_an_error_that_names_the_command(tmp_path, capsys, monkeypa
     assert "bash scripts/table_schedule.sh" in capsys.readouterr().err
 
 
-def test_the_list_of_runs_is_by_seed_and_names_what_is_open(capsys, monkeypatch, tmp_path):
+def test_a_dry_run_lists_what_would_be_trained_seed_by_seed(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no runs here
-    table_schedule.print_open([0, 7])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [[name, seed, "open"] for seed in ("0", "7") for name in table_schedule.ROWS]
+    table_schedule.train_rows([0, 7], True, tmp_path)
+    first, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert first[-3:] == ["action_recognition.prepare", "--preset", "laptop"]
+    wanted = [[name, "--seed", seed] for seed in ("0", "7") for name in table_schedule.SETTING_ROWS]
+    assert [line[-3:] for line in lines] == wanted
