@@ -143,7 +143,7 @@ def untrimmed_tiny(method: Method) -> Config:
 def untrimmed_small(method: Method) -> Config:
     """The laptop preset: a small Video Swin, pretrained on motion, finds motions in composed untrimmed videos.
 
-    python -m action_detection.prepare --tiny && python -m action_detection.train untrimmed_small_dr2net
+    python -m action_detection.prepare --preset tiny && python -m action_detection.train untrimmed_small_dr2net
     110 training and 40 validation videos in windows of 96 frames of 56 x 56, 16 seconds. 216 steps take 2 to 6 minutes
     on two cores. Branches in chunks of 32 MiB need less memory than checkpointing and are as fast; whole ones are
     neither. The numbers are in results/README.md.

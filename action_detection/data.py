@@ -165,8 +165,6 @@ def window_starts(data: Data, duration: float) -> list[float]:
     """
     length = window_seconds(data, duration)
     stride = length * (1 - data.overlap)
-    if not 0 < stride <= length:
-        raise ValueError(f"overlap is {data.overlap}; it must be at least 0 and below 1")
     last = max(duration - length, 0.0)
     count = math.ceil(last / stride - 1e-6)
     return [i * stride for i in range(count)] + [last]

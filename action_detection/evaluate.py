@@ -26,7 +26,7 @@ from action_detection.data import read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
 from action_detection.ops import Window, soft_nms
 from engine.command_line import parse, run_command
-from engine.settings import Settings
+from engine.settings import Arguments
 from engine.task import Batch, Model
 
 
@@ -190,7 +190,7 @@ def write_detections(path: Path, found: dict[str, Detected], class_names: tuple[
 
 
 @dataclass(frozen=True)
-class Files(Settings):
+class Files(Arguments):
     """Score a prediction file, in the official submission format."""
 
     ground_truth: Path  # annotations, in ActivityNet's form

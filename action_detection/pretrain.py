@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from action_detection.configs import SMALL_WEIGHTS, row
+from action_detection.configs import SMALL_WEIGHTS, untrimmed_small
 from engine.backbones.video_swin import PATCH, VideoSwin, build_video_swin
 from engine.data.transforms import normalise
 from engine.synthetic.clips import Clips, draw_clips, whiten_embedding
@@ -125,7 +125,7 @@ def render_strips(numbers: list[int], num_frames: int, size: int, group: Group) 
 
     numbers: the keys of the strips, whose pure function they are.
     """
-    data = row("untrimmed_small_conventional").data
+    data = untrimmed_small("conventional").data
     names, videos, labels = list(MOTIONS), [], []
     for number in numbers:
         rng = np.random.default_rng([5, number])
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=100, help="strips on which the accuracy is measured")
     parser.add_argument("--output", type=Path, default=Path(SMALL_WEIGHTS))
     arguments = parser.parse_args()
-    size = row("untrimmed_small_conventional").data.image_size
+    size = untrimmed_small("conventional").data.image_size
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = Pretrainer(build_video_swin("small", weights=None))

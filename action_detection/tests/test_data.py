@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from action_detection import data as data_module
+from action_detection.annotations import Video
+from action_detection.configs import Data
 from action_detection.data import (
-    Data,
-    Video,
     Windows,
-    build_loaders,
-    build_test_loader,
+    build_dataset,
     collate,
     find_files,
     random_start,
@@ -28,7 +27,9 @@ from action_detection.data import (
 )
 from action_detection.tests.toy_videos import DATABASE, FPS, SIZE, annotate, entry, frames_of, make_data
 from engine.config import Run
+from engine.data.loader import Loaders
 from engine.data.video import BrokenVideo, write_video
+from engine.training import fit
 
 
 def seconds_seen(video: torch.Tensor) -> torch.Tensor:
@@ -48,12 +49,16 @@ def config(data: Data, **run) -> SimpleNamespace:
     return SimpleNamespace(data=data, run=Run(**{"micro_batch": 2, "num_workers": 0} | run))
 
 
+def loaders_of(data: Data, **run) -> Loaders:
+    return fit.build_loaders(config(data, **run), data_module)
+
+
 def windows_of(data: Data) -> Windows:
-    return build_test_loader(config(data)).dataset
+    return build_dataset(config(data), "test")
 
 
 def test_batches_have_the_promised_shapes_and_names(data):
-    loaders = build_loaders(config(data))
+    loaders = loaders_of(data)
     (batch,) = loaders.train  # three videos, two a batch, the rest dropped
     assert batch["video"].shape == (2, 3, 16, SIZE, SIZE) and batch["video"].dtype == torch.float32
     assert batch["mask"].shape == (2, 8) and batch["mask"].dtype == torch.bool
@@ -67,7 +72,7 @@ def test_batches_have_the_promised_shapes_and_names(data):
 
 
 def test_a_sample_is_a_function_of_its_key_alone(data):
-    dataset = build_loaders(config(replace(data, **RANDOM))).train.dataset
+    dataset = loaders_of(replace(data, **RANDOM)).train.dataset
     first = collate([dataset[0, 7]])
     np.random.default_rng(3).random()
     torch.rand(3)
@@ -78,8 +83,8 @@ def test_a_sample_is_a_function_of_its_key_alone(data):
 
 def test_workers_and_micro_batch_do_not_change_what_is_trained_on(data):
     data = replace(data, **RANDOM)
-    one = list(build_loaders(config(data, micro_batch=3, num_workers=1)).train)
-    other = list(build_loaders(config(data, micro_batch=1)).train)
+    one = list(loaders_of(data, micro_batch=3, num_workers=1).train)
+    other = list(loaders_of(data, micro_batch=1).train)
     assert torch.equal(torch.cat([b["video"] for b in one]), torch.cat([b["video"] for b in other]))
 
 
@@ -93,7 +98,7 @@ def test_windows_overlap_reach_the_end_and_cover_everything(data):
             and len(starts) == int(np.ceil((duration - 3.2) / 2.4 - 1e-9)) + 1
         )
         assert all(0 < b - a <= 2.4 + 1e-9 for a, b in zip(starts, starts[1:], strict=False))
-    with pytest.raises(ValueError, match="overlap is 1.0"):
+    with pytest.raises(ValueError, match="--data.overlap must be at least 0 and below 1, not 1.0"):
         window_starts(replace(data, overlap=1.0), 5.0)
 
 
@@ -119,7 +124,7 @@ def test_whole_videos_have_one_window_of_their_own_length(data):
 
 
 def test_steps_and_seconds_convert_back_and_forth(data):
-    dataset = build_loaders(config(data)).train.dataset
+    dataset = loaders_of(data).train.dataset
     for draw in range(20):
         sample = dataset[0, draw]
         seconds = sample["start"] + sample["segments"].double() * sample["seconds_per_step"]
@@ -217,7 +222,7 @@ def test_a_repeated_annotation_stays_in_the_ground_truth_and_is_one_target(data)
 
 
 def test_one_crop_for_the_window_however_few_frames_are_decoded_at_once(data, monkeypatch):
-    dataset = build_loaders(config(replace(data, **RANDOM))).train.dataset
+    dataset = loaders_of(replace(data, **RANDOM)).train.dataset
     whole = dataset[0, 3]["video"]
     monkeypatch.setattr(data_module, "MAX_CHUNK_BYTES", 5 * SIZE * SIZE * 3)
     assert torch.equal(dataset[0, 3]["video"], whole)
@@ -226,7 +231,7 @@ def test_one_crop_for_the_window_however_few_frames_are_decoded_at_once(data, mo
 def test_augmentation_is_the_same_in_all_frames_and_only_in_training(data):
     still = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     write_video(Path(data.root) / "videos" / "v_a.mp4", np.broadcast_to(still, (60, SIZE, SIZE, 3)), FPS, crf=5)
-    dataset = build_loaders(config(replace(data, **RANDOM))).train.dataset
+    dataset = loaders_of(replace(data, **RANDOM)).train.dataset
     clips = torch.stack([dataset[0, draw]["video"] for draw in range(12)])
     assert (clips[:, :, 1:] - clips[:, :, :1]).abs().max() < 0.1  # the codec's changes; other crops differ by more
     assert min((clips[0] - clips[k]).abs().mean() for k in range(1, 12)) > 0.02
@@ -235,8 +240,8 @@ def test_augmentation_is_the_same_in_all_frames_and_only_in_training(data):
 
 
 def test_half_of_the_windows_are_mirrored_if_asked(data):
-    plain = build_loaders(config(data)).train.dataset
-    flipped = build_loaders(config(replace(data, flip=True))).train.dataset
+    plain = loaders_of(data).train.dataset
+    flipped = loaders_of(replace(data, flip=True)).train.dataset
     same = [torch.equal(plain[1, draw]["video"], flipped[1, draw]["video"]) for draw in range(30)]
     assert 6 < sum(same) < 24
     draw = same.index(False)
@@ -245,7 +250,7 @@ def test_half_of_the_windows_are_mirrored_if_asked(data):
 
 def test_the_cache_changes_no_sample(data):
     kept = replace(data, cache_gib=0.01, **RANDOM)
-    plain, cached = (build_loaders(config(d)).train.dataset for d in (replace(data, **RANDOM), kept))
+    plain, cached = (loaders_of(d).train.dataset for d in (replace(data, **RANDOM), kept))
     for index in range(3):
         for draw in range(3):
             assert torch.equal(plain[index, draw]["video"], cached[index, draw]["video"])
@@ -277,8 +282,8 @@ def test_a_segment_past_the_end_of_a_shorter_file_is_no_target_outside_it(data):
 
 def test_a_video_without_annotation_is_tested_and_trained_on_only_if_asked(data):
     annotate(data.root, DATABASE | {"c": entry(3.0, "training"), "e": entry(1.0, "validation")})
-    assert build_loaders(config(data)).train.dataset.names == ["a", "b"]
-    with_empty = build_loaders(config(replace(data, train_on_empty=True))).train.dataset
+    assert loaders_of(data).train.dataset.names == ["a", "b"]
+    with_empty = loaders_of(replace(data, train_on_empty=True)).train.dataset
     assert with_empty.names == ["a", "b", "c"] and with_empty[2, 4]["segments"].shape == (0, 2)
     assert windows_of(data)[2, 0]["name"] == "e" and len(windows_of(data)[2, 0]["labels"]) == 0
 
@@ -289,7 +294,7 @@ def test_blocked_videos_and_a_limit_are_kept_in_annotations_and_loaders_alike(da
     data = replace(data, blocked=blocked)
     assert list(read_annotations(data).videos) == ["b", "c", "d"]
     assert list(read_annotations(replace(data, num_videos=1)).videos) == ["b", "d"]
-    assert build_loaders(config(replace(data, num_videos=1), micro_batch=1)).train.dataset.names == ["b"]
+    assert loaders_of(replace(data, num_videos=1), micro_batch=1).train.dataset.names == ["b"]
     blocked.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="blocked.json: is not a JSON list"):
         read_annotations(data)
@@ -298,28 +303,28 @@ def test_blocked_videos_and_a_limit_are_kept_in_annotations_and_loaders_alike(da
 def test_missing_files_are_counted_and_named_or_left_out(data):
     (Path(data.root) / "videos" / "v_b.mp4").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 3 training videos are missing: b; run .*on-broken skip"):
-        build_loaders(config(data))
+        loaders_of(data)
     with pytest.warns(UserWarning, match="missing: b; left out"):
-        dataset = build_loaders(config(replace(data, on_broken="skip"))).train.dataset
+        dataset = loaders_of(replace(data, on_broken="skip")).train.dataset
     assert dataset.names == ["a", "c"]
     for name in "ac":
         (Path(data.root) / "videos" / f"v_{name}.mp4").unlink()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no training videos to use"):
-        build_loaders(config(replace(data, on_broken="skip")))
+        loaders_of(replace(data, on_broken="skip"))
 
 
 def test_a_broken_file_stops_the_run_by_name_or_is_replaced_and_reported(data):
     path = Path(data.root) / "videos" / "v_d.mp4"
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(BrokenVideo, match="v_d.mp4"):
-        list(build_test_loader(config(data)))
+        list(loaders_of(data).val)
     with pytest.warns(UserWarning, match="v_d.mp4"):
-        batches = list(build_test_loader(config(replace(data, on_broken="skip"))))
+        batches = list(loaders_of(replace(data, on_broken="skip")).val)
     assert [name for b in batches for name in b["name"]] == ["e", "e", "e"]
     assert [name for b in batches for name in b["skipped"]] == ["d", "d"]
     (Path(data.root) / "videos" / "v_e.mp4").write_bytes(b"no video")
     with pytest.warns(UserWarning), pytest.raises(BrokenVideo, match="2 videos in a row"):
-        list(build_test_loader(config(replace(data, on_broken="skip"))))
+        list(loaders_of(replace(data, on_broken="skip")).val)
 
 
 def test_thumos_has_its_own_names_and_ambiguous_times_are_nothing(data):
@@ -336,7 +341,7 @@ def test_thumos_has_its_own_names_and_ambiguous_times_are_nothing(data):
     assert (
         annotations.class_names == ("jump", "run") and len(annotations.videos["video_validation_0000001"].labels) == 1
     )
-    assert build_loaders(config(data, micro_batch=1)).train.dataset[0, 0]["labels"].tolist() == [1]
+    assert loaders_of(data, micro_batch=1).train.dataset[0, 0]["labels"].tolist() == [1]
 
 
 def test_videos_are_found_as_mp4_mkv_or_webm(data):

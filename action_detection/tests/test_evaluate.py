@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,29 +12,33 @@ import numpy as np
 import pytest
 import torch
 
+from action_detection import data as data_file
+from action_detection import evaluate as evaluate_file
+from action_detection import model as model_file
 from action_detection.compose import Composition, write_dataset
-from action_detection.configs import Config, Detection, row
+from action_detection.configs import ROWS, Config, Detection
 from action_detection.data import read_annotations
 from action_detection.evaluate import (
     Detected,
-    build_evaluate,
     class_scores_of,
+    collect,
     detections,
-    evaluate_files,
-    load_detector,
-    main,
     parse_tiou,
+    read_truth,
+    score,
+    score_files,
     with_classes,
     write_detections,
 )
-from action_detection.model import build_model, without_weights
+from action_detection.metric import evaluate_files
+from action_detection.model import build_model
 from action_detection.ops import Window
-from engine.commands import run_command
+from engine import commands
+from engine.command_line import run_command
 from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.finetuning import apply_method, coefficients
 
-CPU = torch.device("cpu")
 SETTINGS = Detection(nms="none", min_score=0.0)
 TRUTH = {
     "one": ("validation", 40.0, [("jump", 2.0, 9.0), ("run", 12.0, 20.0)]),
@@ -60,8 +65,8 @@ def config(tmp_path: Path) -> Config:
         for name, (subset, duration, actions) in TRUTH.items()
     }
     (tmp_path / "activity_net.v1-3.min.json").write_text(json.dumps({"database": database}))
-    base = row("untrimmed_tiny_dr2net")
-    return replace(base, data=replace(base.data, root=tmp_path, num_classes=3, num_videos=0), detection=SETTINGS)
+    base = ROWS["untrimmed_tiny_dr2net"]()
+    return replace(base, data=replace(base.data, root=tmp_path, num_classes=3, num_videos=None), detection=SETTINGS)
 
 
 def with_class_scores(config: Config, content: object, sha256: str | None = None) -> Config:
@@ -99,6 +104,12 @@ def batches(windows: list[tuple[str, int, list]], size: int) -> list[dict]:
     ]
 
 
+def evaluate(config: Config, batches: list[dict]) -> dict[str, float]:
+    """The metrics of what the batches carry, as the engine finds them."""
+    rows = [row for batch in batches for row in collect(Oracle(), batch, config)]
+    return score(rows, read_truth(config), config)
+
+
 def test_windows_of_a_video_are_merged_and_each_counts_once():
     first = window("a", 0, [(1, 2, 0.5, 0)])
     second = window("a", 1, [(5, 6, 0.9, 1), (7, 8, 0.1, 0)])
@@ -131,15 +142,14 @@ def test_metrics_are_percent_named_by_threshold_and_independent_of_batches(confi
         ("empty", 0, []),
     ]
     config = replace(config, detection=replace(SETTINGS, tious=(0.5, 0.8)))
-    evaluate = build_evaluate(config)
-    metrics = evaluate(Oracle(), batches(windows, 1))
+    metrics = evaluate(config, batches(windows, 1))
     # run at .8: the first of three is false, precision 0, 1/2, 2/3 at recall 0, 1/3, 2/3
     expected = {"average_mAP": (100 + 100 * (1 + 4 / 9) / 2) / 2, "mAP@0.50": 100, "mAP@0.80": 100 * (1 + 4 / 9) / 2}
     assert metrics == pytest.approx(expected)
     assert list(metrics)[0] == "average_mAP"
-    assert evaluate(Oracle(), batches(windows, 3)) == metrics
-    assert evaluate(Oracle(), batches(windows[::-1] + windows[:1], 2)) == metrics
-    assert set(evaluate(Oracle(), []).values()) == {0.0}
+    assert evaluate(config, batches(windows, 3)) == metrics
+    assert evaluate(config, batches(windows[::-1] + windows[:1], 2)) == metrics
+    assert set(evaluate(config, []).values()) == {0.0}
 
 
 def test_written_detections_evaluated_alone_give_the_same_numbers(config, tmp_path):
@@ -154,7 +164,7 @@ def test_written_detections_evaluated_alone_give_the_same_numbers(config, tmp_pa
     rows = [
         (w.name, w.window, torch.cat([w.segments, w.scores[:, None], w.labels[:, None]], 1).tolist()) for w in windows
     ]
-    metrics = build_evaluate(config)(Oracle(), batches(rows, 2))
+    metrics = evaluate(config, batches(rows, 2))
     assert list(metrics.values()) == [100 * alone["average_mAP"], *(100 * value for value in alone["mAP"])]
 
 
@@ -179,7 +189,7 @@ def test_class_scores_are_found_by_name_whatever_the_order(config):
     renamed = with_class_scores(config, {"classes": content["class"], "results": content["results"]})
     assert class_scores_of(renamed, read_annotations(config.data))["two"].tolist() == [0, 1, 0]
     rows = [("one", 0, [(2, 9, 0.9, 0)]), ("two", 0, [(1, 6, 0.7, 0), (10, 25, 0.6, 0)])]
-    metrics = build_evaluate(config)(Oracle(), batches(rows, 1))
+    metrics = evaluate(config, batches(rows, 1))
     # jump in `one` and run in `two` are found; run in `one` is not at its place: (1 + 2/3) / 2
     assert metrics["mAP@0.50"] == pytest.approx(100 * (1 + 2 / 3) / 2)
 
@@ -196,14 +206,14 @@ def test_class_scores_that_do_not_fit_are_named_before_training(config):
         ([1], "scores.json: want JSON"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_evaluate(with_class_scores(config, content))
+            read_truth(with_class_scores(config, content))
     fine = with_class_scores(config, {"class": names, "results": full})
     digest = hashlib.sha256(fine.detection.class_scores.read_bytes()).hexdigest()
-    build_evaluate(with_class_scores(config, {"class": names, "results": full}, digest))
+    read_truth(with_class_scores(config, {"class": names, "results": full}, digest))
     with pytest.raises(ValueError, match=f"has sha256 {digest}, expected 0000"):
-        build_evaluate(with_class_scores(config, {"class": names, "results": full}, "0000"))
+        read_truth(with_class_scores(config, {"class": names, "results": full}, "0000"))
     with pytest.raises(FileNotFoundError, match="absent.json"):
-        build_evaluate(replace(fine, detection=replace(fine.detection, class_scores=Path("absent.json"))))
+        read_truth(replace(fine, detection=replace(fine.detection, class_scores=Path("absent.json"))))
 
 
 def test_class_scores_and_a_class_agnostic_network_need_each_other(config):
@@ -211,7 +221,7 @@ def test_class_scores_and_a_class_agnostic_network_need_each_other(config):
     scored = replace(config, detection=replace(config.detection, class_scores=Path("scores.json")))
     for one in (agnostic, scored):
         with pytest.raises(ValueError, match="need each other"):
-            build_evaluate(one)
+            read_truth(one)
 
 
 def test_a_test_subset_without_actions_is_named(config):
@@ -220,12 +230,15 @@ def test_a_test_subset_without_actions_is_named(config):
         content["database"][name]["annotations"] = []
     (config.data.root / "activity_net.v1-3.min.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="no annotated actions|classes"):
-        build_evaluate(replace(config, data=replace(config.data, num_classes=1)))
+        read_truth(replace(config, data=replace(config.data, num_classes=1)))
 
 
-def run_main(monkeypatch, *words: str) -> None:
+def run_main(monkeypatch: pytest.MonkeyPatch, main: Callable, *words: str) -> int | str:
+    """The exit status of a command line, or the line that it ends with."""
     monkeypatch.setattr(sys, "argv", ["evaluate", *words])
-    run_command(main)
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    return stop.value.code or 0
 
 
 def test_files_on_the_command_line_give_percent_and_one_line_for_bad_input(config, tmp_path, monkeypatch, capsys):
@@ -237,19 +250,19 @@ def test_files_on_the_command_line_give_percent_and_one_line_for_bad_input(confi
         "--predictions",
         str(tmp_path / "found.json"),
     )
-    run_main(monkeypatch, *files, "--tiou", "0.7:0.8:2")
+    assert run_main(monkeypatch, score_files, *files, "--tiou", "0.7:0.8:2") == 0
     expected = ["average_mAP 58.33", "mAP@0.70 66.67", "mAP@0.80 50.00"]
     assert capsys.readouterr().out.splitlines() == expected
     (tmp_path / "blocked.json").write_text('["two"]')
-    run_main(monkeypatch, *files, "--tiou", "0.5", "--blocked", str(tmp_path / "blocked.json"))
+    words = (*files, "--tiou", "0.5", "--blocked", str(tmp_path / "blocked.json"))
+    assert run_main(monkeypatch, score_files, *words) == 0
     assert capsys.readouterr().out.splitlines() == ["average_mAP 100.00", "mAP@0.50 100.00"]
     for words in ((*files, "--subset", "test"), (*files, "--tiou", "half"), (*files[:2], "--predictions", "absent")):
-        with pytest.raises(SystemExit, match="^error: [^\n]*$"):
-            run_main(monkeypatch, *words)
-    for words in ((), files[:2], ("run", *files)):
-        with pytest.raises(SystemExit, match="2"):
-            run_main(monkeypatch, *words)
-        assert "give a run's folder, or" in capsys.readouterr().err
+        said = run_main(monkeypatch, score_files, *words)
+        assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said
+    for words, what in (((), "ground-truth"), (files[:2], "predictions"), (("run", *files), "run")):
+        said = run_main(monkeypatch, score_files, *words)
+        assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said and what in said
 
 
 def test_thresholds_are_written_as_a_range_or_a_list():
@@ -259,8 +272,8 @@ def test_thresholds_are_written_as_a_range_or_a_list():
 
 def save(config: Config, folder: Path) -> None:
     torch.manual_seed(0)
-    model = build_model(without_weights(config))
-    apply_method(model.backbone, config.finetuning)
+    model = build_model(config, pretrained=False)
+    apply_method(model, config.finetuning)
     alpha, beta = coefficients(config.finetuning, 1.0)
     state = {"alpha": alpha, "beta": beta, "row": config.row, "config": to_json(config)}
     checkpoint.save(folder, {"model": model.state_dict()}, state)
@@ -269,21 +282,19 @@ def save(config: Config, folder: Path) -> None:
 def test_a_run_is_evaluated_and_its_file_alone_gives_the_same(tmp_path, monkeypatch, capsys):
     composition = Composition(num_training=1, num_validation=2, size=32, seconds=(20.0, 20.0), fps=8.0)
     write_dataset(tmp_path / "data", composition, workers=1)
-    base = row("untrimmed_tiny_dr2net")
+    base = ROWS["untrimmed_tiny_dr2net"]()
     data = replace(base.data, root=tmp_path / "data", num_steps=16, frames_per_step=2, image_size=32, fps=4.0)
     # An untrained network knows nothing: thresholds that noise reaches.
     detection = replace(base.detection, tious=(0.05, 0.1), min_score=0.0)
     config = replace(base, data=data, detection=detection)
     save(config, tmp_path / "run" / "checkpoint")
-    run_main(monkeypatch, str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        commands.evaluate(Config, model_file, data_file, evaluate_file)
+    assert not stop.value.code
     line, path = capsys.readouterr().out.splitlines()
     assert line.startswith("untrimmed_tiny_dr2net seed 0: average_mAP ")
     alone = evaluate_files(tmp_path / "data" / "activity_net.v1-3.min.json", path, detection.tious, "validation")
     assert f"average_mAP {100 * alone['average_mAP']:.1f}, mAP@0.05 {100 * alone['mAP'][0]:.1f}" in line
-    loaded, model = load_detector(tmp_path / "run", CPU)
+    loaded, model = commands.load_run(tmp_path / "run", Config, model_file)
     assert loaded == config and not model.training
-
-
-def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        load_detector(tmp_path, CPU)

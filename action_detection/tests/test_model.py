@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from action_detection.configs import Config, Detection, row
+from action_detection.configs import ROWS, Config, Detection
 from action_detection.head import ActionFormerHead
-from action_detection.model import ActionDetector, build_head, build_model, example_batch, without_weights
+from action_detection.model import ActionDetector, build_head, build_model, example_batch
 from action_detection.vsgn import VSGNHead
 from engine.config import METHODS, Method
 from engine.training.finetuning import apply_method, set_mode
@@ -18,9 +18,9 @@ HEADS = {"actionformer": ActionFormerHead, "vsgn": VSGNHead}
 
 def tiny(method: Method = "dr2net", head: str = "actionformer") -> Config:
     """16 steps of 2 frames of 28 x 28 pixels: one thirtieth of the laptop row's work."""
-    config = without_weights(row(f"untrimmed_tiny_{method}"))
+    config = ROWS[f"untrimmed_tiny_{method}"]()
     data = replace(config.data, num_steps=16, frames_per_step=2, image_size=28)
-    model = replace(config.model, head=head, width=32, num_levels=3, window=5)
+    model = replace(config.model, weights=None, head=head, width=32, num_levels=3, attention_span=5)
     return replace(config, data=data, model=model, run=replace(config.run, micro_batch=2))
 
 
@@ -32,12 +32,12 @@ def test_every_method_applies_keeps_parameter_names_and_trains_what_it_should(he
     model = build_model(config)
     assert type(model.head) is HEADS[head]
     names = [name for name, _ in model.named_parameters()]
-    apply_method(model.backbone, config.finetuning)
+    apply_method(model, config.finetuning)
     set_mode(model, config.finetuning)
     assert [name for name, _ in model.named_parameters()] == names
     batch = example_batch(config)
     batch["video"] = torch.randn_like(batch["video"])
-    sum(model.head.losses(model(batch), batch).values()).backward()
+    sum(model.losses(model(batch), batch).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == [
         name for name in names if method == "frozen" and name.startswith("backbone.")
     ]
@@ -47,8 +47,7 @@ def test_every_method_applies_keeps_parameter_names_and_trains_what_it_should(he
 def test_memory_of_a_row_is_planned_in_its_precision(method, head):
     config = tiny(method, head)
     config = replace(config, optimization=replace(config.optimization, precision="bf16"))
-    model = build_model(config)
-    record = plan_row(config, model, model.head.losses, lambda: example_batch(config))
+    record = plan_row(config, build_model(config), lambda: example_batch(config))
     assert record.memory["peak"] > record.memory["parameters"] > 0
 
 
@@ -112,7 +111,7 @@ def test_slowfast_carries_a_head():
     model = ActionDetector(backbone, build_head(config, backbone.width))
     batch = example_batch(config)
     batch["video"] = torch.randn(2, 3, 32, 32, 32)
-    losses = model.head.losses(model(batch), batch)
+    losses = model.losses(model(batch), batch)
     assert all(loss.isfinite() for loss in losses.values())
     assert {model.layer_of(name) for name, _ in model.named_parameters()} == set(range(model.num_layers + 1))
 
@@ -130,7 +129,7 @@ def test_a_network_trained_on_two_windows_finds_their_actions():
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in range(60):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 60)
-        loss = sum(model.head.losses(model(batch), batch).values())
+        loss = sum(model.losses(model(batch), batch).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

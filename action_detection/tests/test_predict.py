@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from action_detection import model as model_file
 from action_detection import predict as module
 from action_detection.compose import ANNOTATIONS, Composition, write_dataset
-from action_detection.configs import Config, row
-from action_detection.data import build_test_loader, read_annotations
-from action_detection.evaluate import detect_windows, detections
-from action_detection.model import ActionDetector, build_model, without_weights
+from action_detection.configs import ROWS, Config
+from action_detection.data import build_dataset, collate, read_annotations
+from action_detection.evaluate import collect, detections
+from action_detection.model import ActionDetector, build_model
 from action_detection.predict import (
     Action,
+    Arguments,
     annotate,
     annotated_actions,
     colours_of,
@@ -25,16 +27,14 @@ from action_detection.predict import (
     draw_captions,
     draw_overview,
     draw_timeline,
-    main,
     predict,
 )
+from engine import commands
 from engine.data import video
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
 from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.finetuning import coefficients
-
-NAME = "untrimmed_tiny_dr2net"
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,9 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
     root = tmp_path_factory.mktemp("world")
     composition = Composition(num_training=1, num_validation=1, size=32, seconds=(20.0, 20.0), fps=8.0)
     write_dataset(root, composition, workers=1)
-    base = without_weights(row(NAME))
-    data = replace(base.data, root=root, num_steps=16, frames_per_step=2, image_size=32, fps=4.0, num_videos=0)
+    base = ROWS["untrimmed_tiny_dr2net"]()
+    base = replace(base, model=replace(base.model, weights=None))
+    data = replace(base.data, root=root, num_steps=16, frames_per_step=2, image_size=32, fps=4.0, num_videos=None)
     # An untrained network is sure of nothing.
     config = replace(base, data=data, detection=replace(base.detection, min_score=0.0, max_detections=20))
     torch.manual_seed(0)
@@ -52,14 +53,23 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
     return config, build_model(config).eval(), root / "videos" / f"v_{name}.mp4"
 
 
-def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_length(world, tmp_path, capsys):
+def asked(video: Path, output: Path, **more: float) -> Arguments:
+    return Arguments(run=Path(), input=video, output=output, **more)
+
+
+def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_length(
+    world, tmp_path, capsys, monkeypatch
+):
     config, model, clip = world
     alpha, beta = coefficients(config.finetuning, 1.0)
     state = {"alpha": alpha, "beta": beta, "row": config.row, "config": to_json(config)}
     checkpoint.save(tmp_path / "run" / "checkpoint", {"model": model.state_dict()}, state)
     file = config.data.root / ANNOTATIONS
     words = ["--annotations", str(file), "--min-score", "0", "--output", str(tmp_path / "out")]
-    main([str(tmp_path / "run"), str(clip), *words])
+    monkeypatch.setattr("sys.argv", ["predict", str(tmp_path / "run"), str(clip), *words])
+    with pytest.raises(SystemExit) as stop:
+        commands.predict(Config, model_file, predict, Arguments)
+    assert not stop.value.code
     first, *_, table, timeline, annotated = capsys.readouterr().out.splitlines()
     assert first == "20 detections, 20 with a score of at least 0.0"
     entries = json.loads(Path(table).read_text())["results"][clip.stem.removeprefix("v_")]
@@ -72,7 +82,10 @@ def test_a_checkpoint_and_a_video_give_json_a_timeline_and_a_video_of_the_same_l
 
 def test_detections_are_those_of_the_evaluation(world):
     config, model, clip = world
-    expected = detections(detect_windows(model, build_test_loader(config), config.detection), config.detection)
+    samples = build_dataset(config, "test")
+    with torch.no_grad():
+        windows = [w for i in range(len(samples)) for w in collect(model, collate([samples[i, 0]]), config)]
+    expected = detections(windows, config.detection)
     found = detect(config, model, clip)
     wanted = expected[clip.stem.removeprefix("v_")]
     assert torch.equal(found.labels, wanted.labels)
@@ -97,7 +110,7 @@ def test_no_more_than_a_window_is_decoded_at_once_even_where_training_keeps_vide
 def test_a_class_agnostic_network_finds_actions(world, tmp_path):
     config, _, clip = world
     config = replace(config, model=replace(config.model, class_agnostic=True))
-    table, _, _ = predict(config, build_model(config).eval(), clip, tmp_path)
+    table, _, _ = predict(config, build_model(config).eval(), asked(clip, tmp_path))
     assert {entry["label"] for entry in json.loads(table.read_text())["results"][clip.stem[2:]]} == {"action"}
 
 
@@ -105,7 +118,7 @@ def test_the_input_is_never_overwritten(world, tmp_path):
     config, model, clip = world
     copy = tmp_path / "clip.mp4"
     copy.write_bytes(clip.read_bytes())
-    _, _, annotated = predict(config, model, copy, tmp_path)
+    _, _, annotated = predict(config, model, asked(copy, tmp_path))
     assert annotated != copy
     assert copy.read_bytes() == clip.read_bytes()
 
@@ -113,7 +126,7 @@ def test_the_input_is_never_overwritten(world, tmp_path):
 def test_a_one_second_video_is_padded(world, tmp_path):
     config, model, clip = world
     write_video(tmp_path / "short.mp4", read_frames(clip, range(8)), 8.0)
-    table, _, annotated = predict(config, model, tmp_path / "short.mp4", tmp_path / "out", min_score=0.0)
+    table, _, annotated = predict(config, model, asked(tmp_path / "short.mp4", tmp_path / "out", min_score=0.0))
     entries = json.loads(table.read_text())["results"]["short"]
     assert all(0 <= entry["segment"][0] <= entry["segment"][1] <= 1.001 for entry in entries)
     assert probe(annotated).num_frames == 8
@@ -122,11 +135,11 @@ def test_a_one_second_video_is_padded(world, tmp_path):
 def test_missing_and_truncated_videos_are_named(world, tmp_path):
     config, model, clip = world
     with pytest.raises(FileNotFoundError, match="absent.mp4"):
-        predict(config, model, tmp_path / "absent.mp4", tmp_path)
+        predict(config, model, asked(tmp_path / "absent.mp4", tmp_path))
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     with pytest.raises(BrokenVideo, match="cut.mp4"):
-        predict(config, model, cut, tmp_path)
+        predict(config, model, asked(cut, tmp_path))
 
 
 def test_annotations_without_the_video_and_scores_out_of_range_are_named(world, tmp_path):
@@ -135,8 +148,8 @@ def test_annotations_without_the_video_and_scores_out_of_range_are_named(world, 
     assert annotated_actions(file, clip.stem.removeprefix("v_"))
     with pytest.raises(ValueError, match="has no video 'other'"):
         annotated_actions(file, "other")
-    with pytest.raises(ValueError, match="--min-score is 20"):
-        predict(config, model, clip, tmp_path, min_score=20)
+    with pytest.raises(ValueError, match="^--min-score must be at least 0 and at most 1, not 20"):
+        asked(clip, tmp_path, min_score=20.0)
 
 
 def test_frames_of_a_long_video_pass_in_pieces_and_each_shows_its_moment(tmp_path, monkeypatch):

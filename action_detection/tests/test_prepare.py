@@ -8,7 +8,6 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,13 +15,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from action_detection import prepare
 from action_detection.compose import ANNOTATIONS, STAMP, Composition, write_dataset
-from action_detection.data import Data, read_annotations
-from action_detection.prepare import Arguments, check, main, write_thumos_annotations
+from action_detection.configs import ROWS, Data
+from action_detection.data import read_annotations
+from action_detection.prepare import Arguments, compose, fetch, write_thumos_annotations
+from engine import commands
+from engine.data.check import Check
 from engine.data.video import write_video
 
 SMALL = Composition(num_training=2, num_validation=2, size=32, seconds=(9.0, 10.0), action_seconds=(1.5, 3.0))
 ROOT = Path(__file__).parents[2]
+
+
+def check(root: Path, **asked) -> Check:
+    return prepare.check(Arguments(**{"kind": "activitynet", "root": root, "workers": 1} | asked))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int | str:
+    """The exit status of the command line, or the line that it ends with."""
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        commands.prepare(Arguments, ROWS, compose=compose, check=prepare.check, download=fetch)
+    return stop.value.code or 0
 
 
 @pytest.fixture
@@ -41,32 +56,33 @@ def snapshot(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_complete_composed_set_passes_and_a_check_writes_nothing(untrimmed, capsys):
+def test_a_complete_composed_set_passes_and_a_check_writes_nothing(untrimmed, capsys, monkeypatch):
     before = snapshot(untrimmed)
-    found = check(Data(root=untrimmed), workers=1, open_files=True)
+    found = check(untrimmed, probe=True)
     assert found.problems == [] and found.empty == []
     assert (found.counts["classes"], found.counts["training"], found.counts["validation"]) == (10, 2, 2)
-    assert main(Arguments(root=untrimmed)) == 0 and "complete" in capsys.readouterr().out
+    assert run(monkeypatch, "--kind", "activitynet", "--root", untrimmed) == 0 and "complete" in capsys.readouterr().out
     assert snapshot(untrimmed) == before
 
 
-def test_missing_videos_are_named_and_the_exit_status_is_as_configured(untrimmed, tmp_path, capsys):
+def test_missing_videos_are_named_and_the_exit_status_is_as_configured(untrimmed, tmp_path, capsys, monkeypatch):
+    words = ("--kind", "activitynet", "--root", untrimmed)
     (untrimmed / "videos" / "v_composed0002.mp4").unlink()
-    assert main(Arguments(root=untrimmed, lists=tmp_path / "lists")) == 1
+    assert run(monkeypatch, *words, "--lists", tmp_path / "lists") == 1
     assert "1 of 2 training videos are missing" in capsys.readouterr().out
     assert (tmp_path / "lists" / "missing_training.txt").read_text() == "composed0002\n"
-    assert main(Arguments(root=untrimmed, on_broken="skip")) == 0
+    assert run(monkeypatch, *words, "--on-broken", "skip") == 0
     (untrimmed / "videos" / "v_composed0001.mp4").unlink()
-    assert main(Arguments(root=untrimmed, on_broken="skip")) == 1
-    assert "no usable video in: training" in capsys.readouterr().out
+    assert run(monkeypatch, *words, "--on-broken", "skip") == 1
+    assert "nothing usable in: training" in capsys.readouterr().out
 
 
 def test_damage_and_wrong_durations_are_found_by_opening(untrimmed):
     path = untrimmed / "videos" / "v_composed0003.mp4"
     path.write_bytes(path.read_bytes()[:-300])
     change(untrimmed, "composed0004", duration=30.0)
-    assert check(Data(root=untrimmed), workers=1).problems == []
-    damaged, off = check(Data(root=untrimmed), workers=1, open_files=True).problems
+    assert check(untrimmed).problems == []
+    damaged, off = check(untrimmed, probe=True).problems
     assert "1 validation files are damaged" in damaged and "v_composed0003.mp4: is cut short" in damaged
     assert "v_composed0004.mp4: lasts 9." in off and "annotated are 30.0 s" in off
 
@@ -75,7 +91,7 @@ def test_odd_repeated_and_absent_annotations_are_named(untrimmed):
     good, past = ({"label": "bouncing", "segment": s} for s in ([1.0, 2.0], [8.0, 20.0]))
     change(untrimmed, "composed0001", annotations=[good, good, past])
     change(untrimmed, "composed0004", annotations=[])
-    odd, repeated, without = check(Data(root=untrimmed), workers=1).problems
+    odd, repeated, without = check(untrimmed).problems
     assert "composed0001 [8.0, 20.0] (bouncing): clipped" in odd
     assert "1 training videos repeat an annotation" in repeated and "composed0001" in repeated
     assert "1 validation videos have no annotation, they are tested all the same: composed0004" in without
@@ -83,7 +99,7 @@ def test_odd_repeated_and_absent_annotations_are_named(untrimmed):
 
 def test_the_announced_counts_are_asked_of_a_set_that_was_not_composed(untrimmed):
     (untrimmed / STAMP).unlink()
-    problems = check(Data(root=untrimmed), workers=1).problems
+    problems = check(untrimmed).problems
     assert problems[0] == "classes: 10 instead of the announced 200" and len(problems) == 3
 
 
@@ -95,7 +111,7 @@ def test_test_videos_without_outside_scores_are_named(untrimmed, tmp_path):
 
     def problems(content: object) -> list[str]:
         scores.write_text(json.dumps(content))
-        return check(Data(root=untrimmed), class_scores=scores, workers=1).problems
+        return check(untrimmed, class_scores=scores).problems
 
     assert problems({"class": names, "results": dict.fromkeys(tested, [0.1] * 10)}) == []
     (absent,) = problems({"class": names, "results": {"composed0003": [0.1] * 10}})
@@ -103,15 +119,17 @@ def test_test_videos_without_outside_scores_are_named(untrimmed, tmp_path):
     (unknown,) = problems({"class": names[1:], "results": dict.fromkeys(tested, [0.1] * 9)})
     assert f"no scores for 1 classes, among them {names[0]}" in unknown
     scores.unlink()
-    (nowhere,) = check(Data(root=untrimmed), class_scores=scores, workers=1).problems
+    (nowhere,) = check(untrimmed, class_scores=scores).problems
     assert "scores.json: no class scores" in nowhere
 
 
 def test_composing_twice_writes_once(tmp_path, capsys):
-    arguments = Arguments(root=tmp_path / "set", tiny=True, composition=SMALL, workers=1, sheet=tmp_path / "sheet.png")
-    assert main(arguments) == 0 and "4 videos, written" in capsys.readouterr().out
-    assert main(arguments) == 0 and "4 videos, complete already" in capsys.readouterr().out
-    assert (tmp_path / "sheet.png").is_file()
+    sheet = tmp_path / "sheet.png"
+    arguments = Arguments(preset="tiny", root=tmp_path / "set", composition=SMALL, workers=1, sheet=sheet)
+    for state in ("written", "complete already"):
+        compose(arguments)
+        assert f"4 videos, {state}" in capsys.readouterr().out
+    assert sheet.is_file()
 
 
 THUMOS = {
@@ -135,10 +153,10 @@ def write_thumos(root: Path) -> Path:
     return root
 
 
-def test_the_thumos_file_is_made_of_the_official_texts_and_durations(tmp_path, capsys):
+def test_the_thumos_file_is_made_of_the_official_texts_and_durations(tmp_path, monkeypatch):
     root = write_thumos(tmp_path)
-    arguments = Arguments(kind="thumos", root=root, thumos_annotations=root / "official_annotations")
-    assert main(arguments) == 1  # all there, but not the announced 200 videos
+    words = ("--kind", "thumos", "--root", root, "--thumos-annotations", root / "official_annotations")
+    assert run(monkeypatch, *words) == 1  # all there, but not the announced 200 videos
     annotations = read_annotations(Data(kind="thumos", root=root, num_classes=2))
     assert annotations.class_names == ("CliffDiving", "Diving")
     assert {name: video.subset for name, video in annotations.videos.items()} == {
@@ -262,5 +280,5 @@ def test_the_scripts_have_a_dry_run_and_refuse_unknown_options(tmp_path):
 
 def test_blocked_videos_are_not_counted(untrimmed, tmp_path):
     (tmp_path / "blocked.json").write_text('["composed0004"]')
-    found = check(replace(Data(root=untrimmed), blocked=tmp_path / "blocked.json"), workers=1)
+    found = check(untrimmed, blocked=tmp_path / "blocked.json")
     assert found.counts["validation"] == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from action_detection.data import Data
+from action_detection.configs import Data
 from engine.data.video import write_video
 
 FPS, SIZE = 10, 32

@@ -65,7 +65,9 @@ def parse(kind: Any, words: Sequence[str], *, default: Any = None, prog: str | N
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws a box: its first paragraph, without the frame
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        rule = next((k for k, line in enumerate(lines) if line.startswith("───")), len(lines))
-        raise ValueError(f"{' '.join(lines[:rule])} (--help lists the flags)") from None
+        # tyro draws a box, with a rule below its first paragraph; where the output is not UTF-8, a title above a rule
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line and line[0] not in "╭╰"]
+        rules = [k for k, line in enumerate(lines) if line and not line.strip("─-")]
+        first = rules.pop(0) + 1 if rules[:1] == [1] else 0
+        rule = rules[0] if rules else len(lines)
+        raise ValueError(f"{' '.join(lines[first:rule])} (--help lists the flags)") from None

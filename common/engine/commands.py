@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
+from engine import settings
 from engine.command_line import parse, run_command
 from engine.config import METHODS, Config, Preset, Split
 from engine.data.check import Check
@@ -26,7 +27,7 @@ from engine.data.loader import build_loader
 from engine.data.workers import tracked
 from engine.records.record import task_of
 from engine.rows import find_row, rows_of_preset, with_method
-from engine.settings import Count, Settings, from_json
+from engine.settings import Count, from_json
 from engine.task import DataFile, EvaluateFile, Model, ModelFile
 from engine.training.checkpoint import read_state
 from engine.training.devices import build_accelerator, set_seed
@@ -66,7 +67,7 @@ def evaluate(
     """Score a trained run on its validation samples and write its predictions into the run's folder."""
 
     @dataclass(frozen=True)
-    class Arguments(Settings):
+    class Arguments(settings.Arguments):
         run: tyro.conf.Positional[Path]  # a run's folder, or a checkpoint folder
         root: Path | None = None  # the data set's folder, if it has moved since training
         device: Device = "auto"
@@ -96,7 +97,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Prediction(Settings):
+class Prediction(settings.Arguments):
     """What `predict` is asked for; a task may add fields."""
 
     run: tyro.conf.Positional[Path]  # a run's folder, or a checkpoint folder
@@ -131,7 +132,7 @@ def predict(
 
 
 @dataclass(frozen=True)
-class Preparation(Settings):
+class Preparation(settings.Arguments):
     """What `prepare` is asked for; a task names its kinds and may add fields."""
 
     preset: Preset | None = None  # make the data of this preset's rows; of paper: check what their rows need

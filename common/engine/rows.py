@@ -23,12 +23,12 @@ from typing import TypeVar
 
 import tyro
 
+from engine import settings
 from engine.command_line import parse, run_command
 from engine.config import METHODS, Config, Method, Preset
 from engine.data.fingerprint import inputs_of
 from engine.records.record import is_finished, publish, read_records, read_runs
 from engine.records.tables import print_table, write_all
-from engine.settings import Settings
 
 C = TypeVar("C", bound=Config)
 SEEDS: dict[Preset, tuple[int, ...]] = {"tiny": (0,), "laptop": (0, 1), "paper": (0,)}
@@ -153,7 +153,7 @@ def _finished(task: str, config: Config) -> bool:
 
 
 @dataclass(frozen=True)
-class Arguments(Settings):
+class Arguments(settings.Arguments):
     """Run the rows of a task's preset and show its tables."""
 
     task: tyro.conf.Positional[str]  # the folder, such as action_recognition

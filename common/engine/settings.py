@@ -47,16 +47,21 @@ NotNegative = Annotated[float, Range(low=0)]
 @dataclass(frozen=True)
 class Settings:
     """A group of settings. Its flags begin with the class's name in small letters, as `--optimization.epochs`; those of
-    a `Config` have no prefix.
+    a `Config` and of `Arguments` have no prefix.
     """
 
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()
-        prefix = "--" if name == "config" else f"--{name}."
+        prefix = "--" if name == "config" or isinstance(self, Arguments) else f"--{name}."
         for field, hint in _hints(type(self)).items():
             problem = _problem(getattr(self, field), hint)
             if problem:
                 raise ValueError(f"{prefix}{field.replace('_', '-')} {problem}")
+
+
+@dataclass(frozen=True)
+class Arguments(Settings):
+    """The words of a command line that is not a `Config`."""
 
 
 @cache
