@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ from engine.data.transforms import normalise
 from engine.synthetic.clips import Clips, draw_clips, whiten_embedding
 from engine.synthetic.motion import MOTIONS, render_clip
 from engine.synthetic.sprites import Group
+from engine.weights import write_tensors
 
 
 class Phase(NamedTuple):
@@ -228,7 +228,7 @@ def main() -> None:
             sums = {}
         if 2 * step == arguments.steps or step == arguments.steps:
             weights = {name: value.half() for name, value in model.backbone.state_dict().items()}
-            save_file(weights, arguments.output)
+            write_tensors(weights, arguments.output)
     right = accuracy(model.eval(), arguments.validation, PHASES[1].num_frames, size)
     print(f"class of a time step, objects never seen: {right:.1%} right")
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,6 +27,7 @@ from action_recognition.configs import TINY_WEIGHTS, motion_tiny
 from action_recognition.head import GridHead
 from engine.backbones.video_vit import VideoViT, build_tiny_vit
 from engine.synthetic.clips import draw_clips, whiten_embedding
+from engine.weights import write_tensors
 
 BATCH = 16
 LEARNING_RATE = 1e-3  # of AdamW; 3e-3 learned more slowly
@@ -86,7 +86,7 @@ def main() -> None:
             print(f"{time.perf_counter() - start:4.0f} s  step {step}  {losses}", flush=True)
             sums.zero_()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half() for name, value in backbone.state_dict().items()}, arguments.output)
+    write_tensors({name: value.half() for name, value in backbone.state_dict().items()}, arguments.output)
     print(f"{arguments.output}: {arguments.steps * BATCH} clips, {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 

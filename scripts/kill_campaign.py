@@ -88,15 +88,15 @@ def kill_at(number: int, phase: str, output: Path, report: int) -> Callable[[], 
         setattr(module, name, call)
 
     def half_of_tensors(tensors: Any, path: Path) -> None:
-        save_file(tensors, path)
+        write_tensors(tensors, path)
         content = path.read_bytes()
         path.unlink()
         (path.parent / ".tmpAkhd4J").write_bytes(content[: len(content) // 2])  # as safetensors leaves it
 
-    save_file, write_text = checkpoint.save_file, Path.write_text
+    write_tensors, write_text = checkpoint.write_tensors, Path.write_text
     for name in CALLS:
         hook(os, name, (lambda fd: os.readlink(f"/proc/self/fd/{fd}")) if name == "fsync" else lambda path, *_: path)
-    hook(checkpoint, "save_file", lambda tensors, path: path, half_of_tensors)
+    hook(checkpoint, "write_tensors", lambda tensors, path: path, half_of_tensors)
     hook(Path, "write_text", lambda path, *_: path, lambda path, text, **_: write_text(path, text[: len(text) // 2]))
     return lambda: os.write(report, str(made).encode())
 

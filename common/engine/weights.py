@@ -1,6 +1,7 @@
 """Weights on disk, and into a model: read safely, compare, load strictly.
 
     read_tensors(path)       safetensors, this project's own files
+    write_tensors(tensors, path)
     read_state_dict(path)    what others publish: safetensors, or what torch.save wrote, with weights_only=True
     load_tensors(model, tensors, source)     every key must fit, every value be finite as the model holds it
 
@@ -10,11 +11,13 @@ that belong to them; complex numbers would lose half of themselves. Nothing here
 checkpoints of runs (`training/checkpoint.py`), key maps of a backbone (`backbones/`).
 """
 
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
@@ -50,6 +53,14 @@ def read_tensors(path: Path) -> Tensors:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or not a safetensors file ({error}). Copy it again") from error
+
+
+def write_tensors(tensors: Tensors, path: Path) -> None:
+    """A safetensors file with the mode that the umask says; safetensors' own writes for its owner only. Not atomic."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(stat.S_IMODE(mode))
 
 
 def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:

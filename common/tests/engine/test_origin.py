@@ -176,9 +176,9 @@ def test_a_fingerprint_sees_labels_names_sizes_order_and_counts_and_not_where_th
 def test_a_folder_of_weights_is_known_by_its_files(tmp_path):
     (tmp_path / "weights.d").mkdir()
     (tmp_path / "weights.d" / "model.bin").write_bytes(b"1")
-    config = toy_config(tmp_path, {"data": {"weights": str(tmp_path / "weights.d")}})
+    config = {"model": {"weights": str(tmp_path / "weights.d"), "name": "tiny"}, "data": {"root": str(tmp_path)}}
     first = inputs_of(config, {})
-    assert first.keys() == {"data.weights"}
+    assert first.keys() == {"model.weights"}
     (tmp_path / "weights.d" / "model.bin").write_bytes(b"2")
     assert inputs_of(config, {}) != first
 
