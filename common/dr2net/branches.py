@@ -14,6 +14,7 @@ To teach it your own block:
             dr2net.Branch("mlp", lambda x: block.mlp(block.norm2(x)), (block.norm2, block.mlp), independent="tokens"),
         )
 
+What F uses is named module by module; a parameter of the block itself (a layer scale) as it is: (mlp, block.gamma).
 `independent` says that the branch may be run in chunks, and along what (`chunks.py`).
 
 Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapters.py`), which are known already.

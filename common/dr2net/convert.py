@@ -8,9 +8,10 @@ model computes what the original computes. Not here: what the branches of a bloc
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -27,23 +28,26 @@ from dr2net.sequence import ReversibleSequence, make_plain, make_reversible, ref
 
 @dataclass(frozen=True)
 class Report:
-    """What became reversible, what did not, and why. What ran is in `ReversibleSequence.ran` after a forward pass."""
+    """What became reversible, what did not, and why; as text, also what ran in the last forward pass."""
 
     sequences: tuple[tuple[str, int, int], ...]  # name of the container, reversible blocks, branches
     ordinary: tuple[tuple[str, str], ...]  # name of a block that runs as it is, reason
     reversible_parameters: int
     all_parameters: int
+    converted: tuple[weakref.ref, ...] = field(default=(), repr=False, compare=False)  # the containers, in this order
 
     def __str__(self) -> str:
         lines = [
             f"reversible: {name}: {blocks} blocks, {branches} branches" for name, blocks, branches in self.sequences
         ]
+        for index, container in enumerate(self.converted):
+            if isinstance(sequence := container(), ReversibleSequence):  # and not deconverted since
+                lines[index] += f"; {sequence.ran or 'none'} of them ran in the last pass"
         lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
         share = self.reversible_parameters / max(1, self.all_parameters)
         lines += [
             f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks",
-            "They run at (alpha, beta) = (1, 0), the plain network, until dr2net.set_coefficients or Schedule.apply; "
-            "how many ran in the last pass is printed with the container, as in print(model)",
+            "a conversion starts at (alpha, beta) = (1, 0), the plain network: see dr2net.set_coefficients",
         ]
         return "\n".join(lines)
 
@@ -84,6 +88,7 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
         (*ordinary, *elsewhere.items()),
         sum(p.numel() for p in inside),
         sum(p.numel() for p in model.parameters()),
+        tuple(weakref.ref(container) for container in found.values()),
     )
 
 

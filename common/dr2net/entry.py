@@ -28,10 +28,10 @@ class Entry:
     @torch.compiler.disable
     def __call__(self, *args: Any, **named: Any) -> Any:
         block = self.block()
-        if self.sequence is None:
+        if self.sequence is None and block is not None:
             return type(block).forward(block, *args, **named)
-        sequence = self.sequence()
-        if sequence is None:
+        sequence = None if self.sequence is None else self.sequence()
+        if block is None or sequence is None:
             raise ValueError(
                 f"the container of this {type(block).__name__} is gone, so it is in no reversible sequence; keep the "
                 "converted model, or call dr2net.deconvert(model) before taking blocks out of it"
@@ -43,10 +43,17 @@ class Entry:
         """False for what came along with a copy of a block."""
         return self.block() is block and self.sequence is not None and self.sequence() is sequence
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """For who looks up which arguments the block takes."""
+        signature = inspect.signature(type(self.block()).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":
-        """Of the copied sequence, if that is being copied too."""
+        """Of the copied block, and of the copied sequence if that is being copied too."""
+        block = memo.get(id(self.block()))
         sequence = None if self.sequence is None else memo.get(id(self.sequence()))
-        return Entry(memo[id(self.block())], sequence)
+        return self if block is None else Entry(block, sequence)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Entry, (self.block(), None if self.sequence is None else self.sequence())

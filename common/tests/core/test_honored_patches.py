@@ -3,6 +3,7 @@ refused by name: when the model is converted, and at the next pass if it comes l
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
@@ -266,10 +267,12 @@ def test_data_parallel_is_refused() -> None:
         net.blocks._replicate_for_data_parallel()  # what torch.nn.DataParallel calls for each module and device
 
 
-def test_the_input_may_be_passed_by_name() -> None:
+def test_the_input_may_be_passed_by_name_and_the_signature_is_the_block_s() -> None:
     net, x = build_net(1), build_input(2, 5, WIDTH)
+    signature = inspect.signature(net.blocks[0].forward)
     expected = net.blocks[0](x=x)
     dr2net.convert(net, inversion="float")
     assert torch.equal(net.blocks[0](x=x), expected) and net.blocks.ran == 2
+    assert inspect.signature(net.blocks[0].forward) == signature
     with pytest.raises(TypeError, match="input 'x'"):
         net.blocks[0]()

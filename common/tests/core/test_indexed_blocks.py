@@ -72,8 +72,10 @@ def test_blocks_called_in_any_way_take_part(call: Callable, inversion: str) -> N
     plain = copy.deepcopy(net)
     report = dr2net.convert(net, inversion=inversion)
     assert report.sequences == (("blocks", 4, 8),) and net.blocks.ran == 0
+    assert "4 blocks, 8 branches; none of them ran" in str(report)
     dr2net.set_coefficients(net, 0.5, 0.5)
     expected, found = stored(plain, x, 0.5, 0.5), net(x)
+    assert "4 blocks, 8 branches; 8 of them ran" in str(report)
     assert net.blocks.ran == 8 and "8 of 8 branches ran" in repr(net.blocks)
     assert relative([found], [expected]) < 1e-8
     expected.square().sum().backward()
