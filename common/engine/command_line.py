@@ -65,8 +65,8 @@ def parse(kind: Any, words: Sequence[str], *, default: Any = None, prog: str | N
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws a box, its title in the frame, its first paragraph above a rule; where the output is not UTF-8 there
-        # is no frame, and the title stands above a rule of its own
+        # tyro draws a box, its title in the frame, its first paragraph above a rule; where the output is not UTF-8,
+        # there is no frame, and the title stands above a rule of its own
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.strip()]
         rules = [k for k, line in enumerate(lines) if not line.strip("─-")]
         first, rule = (1, rules[0]) if lines[0].startswith("╭") else (rules[0] + 1, rules[1])
