@@ -22,6 +22,7 @@ Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapt
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,7 +77,12 @@ class Branch:
         if mib is None or self.independent is None:
             return None
         if not all_plain((*self.modules, *([] if self.drop_path is None else [self.drop_path]))):
-            return None  # what hooks and replaced forwards do is not known to be independent
+            warnings.warn(
+                f"branches {self.name!r} with hooks or a replaced forward on a module inside run as a whole, not in "
+                "chunks, since what those do may not be independent; take them off to save the memory",
+                stacklevel=2,
+            )
+            return None
         if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
             return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
         norms = [m for part in self.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -24,6 +24,7 @@ class Entry:
     def __init__(self, block: nn.Module, sequence: "ReversibleSequence | None") -> None:
         self.block = weakref.ref(block)  # both weak: a model that is deleted is freed at once, without a cycle
         self.sequence = None if sequence is None else weakref.ref(sequence)
+        self.plain = inspect.unwrap(type(block).forward)  # what the branches stand for
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **named: Any) -> Any:

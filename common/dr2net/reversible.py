@@ -15,6 +15,7 @@ Not supported: double backward (an error), functorch transforms, reading the sec
 the blocks and how a pass is found (`sequence.py`).
 """
 
+import inspect
 import math
 import sys
 import warnings
@@ -55,6 +56,8 @@ class Pass:
                 refuse_replaced_forward(other, f"block {name}")
             elif not entry.belongs_to(other, sequence):
                 raise ValueError(f"block {name} was copied into its container after the conversion; {CONVERT_AGAIN}")
+            elif entry.plain is not inspect.unwrap(type(other).forward):
+                raise ValueError(f"the forward of the class of block {name} was replaced; {CONVERT_AGAIN}")
             self.end += 1
         if not any(self.branches[: self.expected]):
             sequence.ran = 0
