@@ -109,7 +109,7 @@ def deconvert(model: nn.Module) -> None:
                     "if this is meant",
                     stacklevel=2,
                 )
-            make_plain(module)
+            make_plain(module, name or type(model).__name__)
             undone += 1
         if getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
             plain = module.forward.args[0].args[0]  # see _checkpoint

@@ -180,8 +180,13 @@ def refuse_taken_names(container: nn.Module, place: str) -> None:
         )
 
 
-def make_plain(sequence: ReversibleSequence) -> None:
-    """Undo `make_reversible`, in place."""
+def make_plain(sequence: ReversibleSequence, place: str) -> None:
+    """Undo `make_reversible`, in place. ValueError if the class was changed again since (fully_shard, parametrize)."""
+    if type(sequence) is not _reversible_class(sequence.container_type):
+        raise ValueError(
+            f"{place} became a {type(sequence).__name__} after it was converted; undo that before "
+            "dr2net.deconvert(model)"
+        )
     sequence._become_plain()
 
 
