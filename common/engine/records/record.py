@@ -22,7 +22,9 @@ from engine.settings import to_json
 Status = Literal["reproduced", "partial", "tiny", "not run"]
 SHARED = ("row", "task", "method", "preset")  # facts that all runs of a row have in common
 # Fields of `run` that change neither numbers nor measurements.
-INCIDENTAL = ("output", "num_workers", "save_every_steps", "log_every_steps", "tracker", "resume")
+INCIDENTAL = (
+    *("output", "num_workers", "evaluation_batch", "save_every_steps", "log_every_steps", "tracker", "resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def finished_record(config: Any, inputs: Mapping[str, str] | None = None) -> Rec
         return None
     record = read_record(path)
     same = _essential(record.config) == _essential(to_json(config)) and record.sources == sources_hash(task_of(config))
-    return record if same and inputs in (None, record.inputs) else None
+    return record if same and record.metrics and inputs in (None, record.inputs) else None
 
 
 def is_finished(config: Any, inputs: Mapping[str, str] | None = None) -> bool:
@@ -189,6 +191,13 @@ def refuse_other_recipe(theirs: dict[str, Any], config: Any, source: Path) -> No
             f"{source} was trained with other settings ({'; '.join(changed)}). "
             "Give another --run.output, or --run.no-resume to begin anew over it"
         )
+
+
+def changes_of_run(theirs: dict[str, Any], config: Any) -> list[str]:
+    """The settings of `run` that a Record would tell otherwise, each as `name: then -> now`; `max_steps` aside."""
+    then, now = (_essential(c)["run"] for c in (theirs, to_json(config)))
+    names = [name for name in now if name != "max_steps" and then.get(name) != now[name]]
+    return [f"run.{name}: {then.get(name, 'absent')} -> {now[name]}" for name in names]
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

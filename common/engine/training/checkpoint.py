@@ -135,8 +135,8 @@ def read_state(folder: Path) -> dict[str, Any]:
             assert value is None and not whole or _is_number(value, whole), f"{name} is {value!r}"
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({type(error).__name__}: {error})") from error
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {state['format']}, this code reads {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {state.get('format')}, this code reads {FORMAT}")
     return state
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from engine.config import Config
 from engine.records.origin import Origin, refuse_other_origin
-from engine.records.record import refuse_other_recipe
+from engine.records.record import changes_of_run, refuse_other_recipe
 from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.ema import EMA
@@ -103,12 +103,16 @@ def may_resume(folder: Path, config: Config, origin: Origin, last_step: int) -> 
     training before the checkpoint.
     """
     kept = checkpoint.read_state(folder)
-    refuse_other_recipe(kept["config"], config, folder)
-    earlier, step = kept.get("origin", {}), kept["step"]  # earlier versions kept no origin
-    changes = origin.changes_since(earlier)
-    ends = [steps for steps in (earlier.get("total_steps"), kept["config"]["run"]["max_steps"]) if steps]
-    if changes and step >= min(ends, default=last_step):
-        return "; ".join(changes)
+    try:
+        refuse_other_recipe(kept["config"], config, folder)
+        earlier, step = kept.get("origin", {}), kept["step"]  # earlier versions kept no origin
+        changes, elsewhere = origin.changes_since(earlier), changes_of_run(kept["config"], config)
+        ends = [steps for steps in (earlier.get("total_steps"), kept["config"]["run"]["max_steps"]) if steps]
+        ended = step >= min(ends, default=last_step)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not the checkpoint of a run ({type(error).__name__}: {error})") from error
+    if changes and ended or elsewhere and step == last_step:
+        return "; ".join([*changes, *elsewhere])
     refuse_other_origin(changes, earlier, folder)
     if step > last_step or (step == last_step != kept["evaluated"]):
         raise ValueError(
@@ -136,4 +140,8 @@ def resume(
         ema.restore(found.tensors["ema"], str(folder))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found.state["scaler"])
-    return State(**{entry.name: found.state[entry.name] for entry in fields(State) if entry.name in found.state})
+    state = State(**{entry.name: found.state[entry.name] for entry in fields(State) if entry.name in found.state})
+    for name, default in vars(State()).items():
+        if default is not None and not isinstance(getattr(state, name), type(default)):
+            raise ValueError(f"{folder}: not the checkpoint of a run ({name} is {getattr(state, name)!r})")
+    return state

@@ -133,6 +133,35 @@ def test_a_record_says_what_it_was_fed_and_where_it_ran(tmp_path, monkeypatch):
     assert {"av", "decord", "torch"} <= record.versions.keys()
 
 
+def test_a_finished_run_is_not_relabelled_with_another_way_of_running(tmp_path, capsys):
+    config = toy_config(tmp_path)
+    first = train(config)
+    often = replace(config, run=replace(config.run, evaluate_every_epochs=None))
+    second = train(often)
+    assert "run.evaluate_every_epochs: 1 -> None): training anew" in capsys.readouterr().out
+    assert [len([entry for entry in r.curve if "accuracy" in entry]) for r in (first, second)] == [3, 1]
+    assert train(replace(often, run=replace(often.run, num_workers=1, evaluation_batch=2))) == second
+
+
+def test_a_run_goes_on_from_its_shortened_self_on_another_device(tmp_path):
+    config = toy_config(tmp_path)
+    train(shortened(config, 6))
+    moved = replace(config, run=replace(config.run, device="auto"))
+    assert [entry["epoch"] for entry in train(moved).curve] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"config": {}}, {"config": {"run": 3}}, {"origin": 7}, {"curve": 3}, {"running": []}, {"format": None}]
+)
+def test_a_state_that_is_not_of_a_run_is_named(tmp_path, changes):
+    config = toy_config(tmp_path)
+    stop_in_the_middle(config)
+    path = results.run_folder(config) / "checkpoint" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match="not the checkpoint of a run|checkpoint format None|trained with other"):
+        train(config)
+
+
 class Fed:
     """A dataset of files."""
 
