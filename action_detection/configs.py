@@ -141,7 +141,7 @@ def untrimmed_tiny(method: Method) -> Config:
 
 
 def untrimmed_small(method: Method) -> Config:
-    """The laptop preset: a small Video Swin, pretrained on motion, finds motions in composed untrimmed videos.
+    """The laptop preset: a small Video Swin, pretrained on motion, finds motions in synthetic untrimmed videos.
 
     python -m action_detection.prepare --preset tiny && python -m action_detection.train untrimmed_small_dr2net
     110 training and 40 validation videos in windows of 96 frames of 56 x 56, 16 seconds. 216 steps take 2 to 6 minutes

@@ -27,16 +27,15 @@ from engine.data.workers import tracked
 from engine.settings import Share
 from engine.task import Model
 from engine.training.finetuning import autocast
+from engine.visual import DARK, LIGHT, TABLEAU, annotated_copy, draw_bar, even_size, resized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-# Tableau's ten, readable side by side; classes beyond repeat them.
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#6b6b6b")
 MAX_LANES = 12  # classes in a picture, those with the best scores
 MAX_PIECE_BYTES = 1 << 26  # of decoded frames in memory at once
-DARK, LIGHT, TRACK, BACKGROUND = (20, 20, 20), (255, 255, 255), (70, 70, 70), 38
+TRACK, BACKGROUND = (70, 70, 70), 38
 
 
 class Action(NamedTuple):
@@ -82,14 +81,12 @@ def predict(config: Config, model: Model, arguments: Arguments) -> tuple[Path, P
     for action in actions[:10]:
         print(f"{action.score:6.1%} {action.start:8.1f} to {action.end:6.1f} s  {action.label}")
     output.mkdir(parents=True, exist_ok=True)
-    table, timeline, annotated = (output / f"{video.stem}.{suffix}" for suffix in ("json", "png", "mp4"))
+    table, timeline = (output / f"{video.stem}.{suffix}" for suffix in ("json", "png"))
+    annotated = annotated_copy(video, output)
     write_detections(table, {name: found}, names)
-    colours = colours_of([*(truth or []), *actions])
-    draw_timeline(timeline, video, info, actions, truth, colours, title=f"{video.name}, {config.row}")
-    # never onto the input
-    if annotated.resolve() == video.resolve():
-        annotated = annotated.with_stem(f"{video.stem}_annotated")
-    write_frames(annotated, annotate(video, info, actions, colours), output_fps(info))
+    colors = colors_of([*(truth or []), *actions])
+    draw_timeline(timeline, video, info, actions, truth, colors, title=f"{video.name}, {config.row}")
+    write_frames(annotated, annotate(video, info, actions, colors), output_fps(info))
     return table, timeline, annotated
 
 
@@ -114,14 +111,14 @@ def annotated_actions(file: Path, name: str) -> list[Action]:
     return [Action(item["label"], *map(float, item["segment"])) for item in database[name]["annotations"]]
 
 
-def colours_of(actions: list[Action]) -> dict[str, str]:
-    """A colour for each class of a picture, at most MAX_LANES, those with the best scores, in the order of time."""
+def colors_of(actions: list[Action]) -> dict[str, str]:
+    """A color for each class of a picture, at most MAX_LANES, those with the best scores, in the order of time."""
     best: dict[str, float] = {}
     for action in actions:
         best[action.label] = max(action.score, best[action.label]) if action.label in best else action.score
     kept = sorted(best, key=lambda label: -best[label])[:MAX_LANES]
     kept.sort(key=lambda label: min(action.start for action in actions if action.label == label))
-    return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(kept)}
+    return {label: TABLEAU[k % len(TABLEAU)] for k, label in enumerate(kept)}
 
 
 def draw_timeline(
@@ -130,7 +127,7 @@ def draw_timeline(
     info: VideoInfo,
     actions: list[Action],
     truth: list[Action] | None,
-    colours: dict[str, str],
+    colors: dict[str, str],
     *,
     title: str,
 ) -> None:
@@ -138,7 +135,7 @@ def draw_timeline(
     from matplotlib.figure import Figure
 
     panels = [("detected", actions)] if truth is None else [("annotated", truth), ("detected", actions)]
-    lanes = [[label for label in colours if any(a.label == label for a in own)] for _, own in panels]
+    lanes = [[label for label in colors if any(a.label == label for a in own)] for _, own in panels]
     num_frames = min(12, info.num_frames)
     width, strip = 11.0, min(1.6, 11.0 / num_frames * info.height / info.width)
     heights = [strip, *(0.3 * max(len(own), 1) + 0.12 for own in lanes)]
@@ -149,14 +146,14 @@ def draw_timeline(
     indices = np.searchsorted(info.timestamps, times, side="right") - 1
     for index, middle in zip(indices, times, strict=True):  # one by one: frames of a film do not fit into memory
         half = 0.485 * info.seconds / num_frames
-        frame = thumbnail(read_frames(video, [index])[0], 200)
+        frame = np.asarray(resized(read_frames(video, [index])[0], 200))
         axes[0].imshow(frame, extent=(middle - half, middle + half, 0, 1), aspect="auto", interpolation="bilinear")
     axes[0].set_ylim(0, 1)
     axes[0].axis("off")
     for panel, (name, own), labels in zip(axes[1:], panels, lanes, strict=True):
         for lane, label in enumerate(labels):
             mine = [action for action in own if action.label == label]
-            _draw_lane(panel, lane, mine, colours[label], info.seconds, with_scores=own is actions)
+            _draw_lane(panel, lane, mine, colors[label], info.seconds, with_scores=own is actions)
         panel.set_yticks(range(len(labels)), [shorten(label, 32) for label in labels], fontsize=8)
         panel.set_ylim(max(len(labels), 1) - 0.5, -0.5)
         panel.set_title(name if labels else f"{name}: nothing", fontsize=9, loc="left", pad=3)
@@ -171,14 +168,14 @@ def draw_timeline(
 
 
 def _draw_lane(
-    panel: "Axes", lane: int, actions: list[Action], colour: str, seconds: float, *, with_scores: bool
+    panel: "Axes", lane: int, actions: list[Action], color: str, seconds: float, *, with_scores: bool
 ) -> None:
     """A bar for each action, the best on top; what it covers does not shine through. Scores where there is room."""
     for action in sorted(actions, key=lambda action: action.score):
         length = max(action.end - action.start, 0.002 * seconds)
         panel.barh(lane, length, 0.62, action.start, color="white", linewidth=0)
-        panel.barh(lane, length, 0.62, action.start, color=colour, alpha=min(action.score, 1.0), linewidth=0)
-        panel.barh(lane, length, 0.62, action.start, fill=False, edgecolor=colour, linewidth=0.9)
+        panel.barh(lane, length, 0.62, action.start, color=color, alpha=min(action.score, 1.0), linewidth=0)
+        panel.barh(lane, length, 0.62, action.start, fill=False, edgecolor=color, linewidth=0.9)
     room = 0.035 * seconds
     written: list[float] = []
     for action in sorted(actions, key=lambda action: -action.score) if with_scores else ():
@@ -194,39 +191,28 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def thumbnail(frame: np.ndarray, width: int) -> np.ndarray:
-    """The frame (H, W, 3) with the given width."""
-    from PIL import Image
-
-    size = (width, max(1, round(width * frame.shape[0] / frame.shape[1])))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
-
-
 def output_fps(info: VideoInfo) -> float:
     """The annotated copy's frame rate, constant even where the input's is not."""
     return min(max(info.fps, 1.0), 30.0)
 
 
 def annotate(
-    video: Path, info: VideoInfo, actions: list[Action], colours: dict[str, str], *, min_width: int = 480
+    video: Path, info: VideoInfo, actions: list[Action], colors: dict[str, str], *, min_width: int = 480
 ) -> Iterator[np.ndarray]:
     """The frames (H, W, 3) of the annotated copy, one by one: picture, then the actions of this moment, then all.
 
     Enlarged to `min_width` if smaller; even height and width.
     """
-    from PIL import Image
-
-    scale = max(1.0, min_width / info.width)
-    width, height = (2 * round(scale * side / 2) for side in (info.width, info.height))
-    shown = [action for action in actions if action.label in colours]
-    overview = draw_overview(shown, colours, info.seconds, width)
+    width, height = even_size(info.width, info.height, min_width)
+    shown = [action for action in actions if action.label in colors]
+    overview = draw_overview(shown, colors, info.seconds, width)
     times = np.arange(max(round(info.seconds * output_fps(info)), 1)) / output_fps(info)
     indices = np.searchsorted(info.timestamps, times + 1e-4, side="right") - 1
     pieces = -(-len(indices) * info.height * info.width * 3 // MAX_PIECE_BYTES)
     for part, moments in zip(np.array_split(indices, pieces), np.array_split(times, pieces), strict=True):
         for frame, moment in zip(read_frames(video, part), moments.tolist(), strict=True):
-            picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-            captions = draw_captions(shown, colours, moment, width)
+            picture = resized(frame, width, height)
+            captions = draw_captions(shown, colors, moment, width)
             cursor = overview.copy()
             x = min(int(moment / info.seconds * width), width - 2)
             cursor.paste(LIGHT, (x, 0, x + 2, overview.height))
@@ -234,7 +220,7 @@ def annotate(
 
 
 def draw_captions(
-    actions: list[Action], colours: dict[str, str], moment: float, width: int, *, lines: int = 3
+    actions: list[Action], colors: dict[str, str], moment: float, width: int, *, lines: int = 3
 ) -> "Image.Image":
     """The best actions of this moment, a line each: a bar as long as the score, the name, from when to when."""
     from PIL import Image, ImageDraw, ImageFont
@@ -247,8 +233,7 @@ def draw_captions(
             active.setdefault(action.label, action)
     for line, action in enumerate(list(active.values())[:lines]):
         y = 24 * line + 5
-        draw.rectangle((0, y, width - 1, y + 20), fill=TRACK)
-        draw.rectangle((0, y, max(width * min(action.score, 1.0) - 1, 0), y + 20), fill=colours[action.label])
+        draw_bar(draw, 0, y, width - 1, action.score, colors[action.label], TRACK)
         when = f"{action.start:.1f} to {action.end:.1f} s"
         right = width - 8 - draw.textlength(when, font=font)
         text = f"{action.score:.0%}  {action.label}"
@@ -261,18 +246,18 @@ def draw_captions(
     return picture
 
 
-def draw_overview(actions: list[Action], colours: dict[str, str], seconds: float, width: int) -> "Image.Image":
+def draw_overview(actions: list[Action], colors: dict[str, str], seconds: float, width: int) -> "Image.Image":
     """All actions over the whole video, a thin lane per class, the score as opacity; even height."""
     from PIL import Image, ImageColor
 
     lane = 8
-    picture = Image.new("RGB", (width, lane * max(len(colours), 1) + 8), (BACKGROUND,) * 3)
+    picture = Image.new("RGB", (width, lane * max(len(colors), 1) + 8), (BACKGROUND,) * 3)
     for action in sorted(actions, key=lambda action: action.score):
-        y = 4 + lane * list(colours).index(action.label)
+        y = 4 + lane * list(colors).index(action.label)
         x = int(action.start / seconds * width)
         size = (max(int((action.end - action.start) / seconds * width), 2), lane - 2)
-        opacity, colour = min(action.score, 1.0), np.array(ImageColor.getrgb(colours[action.label]))
-        blended = (opacity * colour + (1 - opacity) * BACKGROUND).astype(int).tolist()
+        opacity, color = min(action.score, 1.0), np.array(ImageColor.getrgb(colors[action.label]))
+        blended = (opacity * color + (1 - opacity) * BACKGROUND).astype(int).tolist()
         picture.paste(tuple(blended), (x, y, x + size[0], y + size[1]))
     return picture
 

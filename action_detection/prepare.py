@@ -1,6 +1,6 @@
-"""Check a data set, write a composed one, or put what was downloaded in its place.
+"""Check a data set, write a synthetic one, or put what was downloaded in its place.
 
-    python -m action_detection.prepare --preset tiny                   # composed mp4 files, in data/untrimmed
+    python -m action_detection.prepare --preset tiny                   # synthetic mp4 files, in data/untrimmed
     python -m action_detection.prepare --kind activitynet --probe      # count, name what is missing, open every file
     python -m action_detection.prepare --kind thumos --class-scores FILE
 
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from action_detection.annotations import read_class_scores, read_database
-from action_detection.compose import STAMP, Composition, write_contact_sheet, write_dataset
 from action_detection.configs import ROWS, Data
 from action_detection.data import VIDEO_FOLDER, annotation_file, find_files, read_annotations
+from action_detection.synthetic import Synthetic, write_contact_sheet, write_dataset
 from engine import commands
 from engine.data.check import Check
 from engine.data.video import BrokenVideo, probe
 from engine.data.workers import damage, name_some, progress_bar, run_jobs, write_json
+from engine.synthetic.write import STAMP, prepare_files
 
 ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
 # What the sites announce: activity-net.org for release 1.3; for THUMOS-14 200 and 213 annotated videos, without the two
@@ -38,7 +39,7 @@ class Arguments(commands.Preparation):
     """See the module's docstring."""
 
     kind: Literal["activitynet", "thumos"] | None = None  # the layout to check
-    composition: Composition = field(default_factory=Composition)  # with a preset: what to write
+    synthetic: Synthetic = field(default_factory=Synthetic)  # with a preset: what to write
     class_scores: Path | None = None  # also check this file of an outside classifier's scores
     blocked: Path | None = None  # JSON list of videos to leave out, as in `Data`
     thumos_annotations: Path | None = None  # folder of the official text files: make thumos_14_anno.json of them
@@ -160,15 +161,14 @@ def fetch(arguments: Arguments) -> None:
     raise ValueError(f"--download: use bash scripts/download_{name}.sh {place(arguments)}")
 
 
-def compose(arguments: Arguments) -> None:
-    """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
-    root, composition = arguments.root or Data().root, arguments.composition
-    total = composition.num_training + composition.num_validation
-    with progress_bar(f"composing {root}", total) as advance:
-        written = write_dataset(root, composition, workers=arguments.workers, on_video=advance)
-    print(f"{root}: {total} videos, {'written' if written else 'complete already'}")
+def write_synthetic(arguments: Arguments) -> None:
+    """Write the synthetic data set with a progress bar; says so and returns at once if it is complete already."""
+    root, synthetic = arguments.root or Data().root, arguments.synthetic
+    total, what = synthetic.num_training + synthetic.num_validation, "videos"
+    workers = arguments.workers
+    prepare_files(root, total, what, lambda done: write_dataset(root, synthetic, workers=workers, on_done=done))
     if arguments.sheet is not None:
-        write_contact_sheet(arguments.sheet, composition)
+        write_contact_sheet(arguments.sheet, synthetic)
 
 
 def _look(job: tuple[str, float]) -> tuple[str, bool]:
@@ -194,4 +194,4 @@ def _repeated(videos: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    commands.prepare(Arguments, ROWS, compose=compose, check=check, download=fetch)
+    commands.prepare(Arguments, ROWS, synthetic=write_synthetic, check=check, download=fetch)

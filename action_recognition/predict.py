@@ -20,11 +20,12 @@ from engine import commands
 from engine.data.video import probe, read_frames, write_video
 from engine.task import Model
 from engine.training.finetuning import autocast
+from engine.visual import DARK, LIGHT, annotated_copy, draw_bar, even_size, resized
 
 if TYPE_CHECKING:
     from PIL import Image
 
-BAR_COLOUR, TRACK_COLOUR = (66, 110, 180), (225, 229, 236)
+BAR, TRACK = (66, 110, 180), (225, 229, 236)
 
 
 def predict(config: Config, model: Model, arguments: commands.Prediction) -> tuple[Path, Path]:
@@ -40,12 +41,9 @@ def predict(config: Config, model: Model, arguments: commands.Prediction) -> tup
     for name, probability in top:
         print(f"{probability:6.1%}  {name}")
     output.mkdir(parents=True, exist_ok=True)
-    sheet, annotated = output / f"{video.stem}.png", output / f"{video.stem}.mp4"
+    sheet, annotated = output / f"{video.stem}.png", annotated_copy(video, output)
     seen = read_frames(video, clip_indices(config.data, info, None))
     draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(sheet)
-    # never onto the input
-    if annotated.resolve() == video.resolve():
-        annotated = annotated.with_stem(f"{video.stem}_annotated")
     frames = read_frames(video, np.arange(info.num_frames))
     write_video(annotated, annotate(frames, top), info.fps)
     return sheet, annotated
@@ -76,21 +74,20 @@ def draw_contact_sheet(
     rows = -(-len(frames) // columns)
     width = max(columns * (cell_width + 4) + 12, 640)
     bars_top = 34 + rows * (cell_height + 4) + 8
-    sheet = Image.new("RGB", (width, bars_top + 26 * len(top) + 8), (255, 255, 255))
+    sheet = Image.new("RGB", (width, bars_top + 26 * len(top) + 8), LIGHT)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    draw.text((8, 8), title, fill=(20, 20, 20), font=font)
+    draw.text((8, 8), title, fill=DARK, font=font)
     for index, frame in enumerate(frames):
         row, column = divmod(index, columns)
-        cell = Image.fromarray(frame).resize((cell_width, cell_height), Image.Resampling.BICUBIC)
+        cell = resized(frame, cell_width, cell_height)
         sheet.paste(cell, (8 + column * (cell_width + 4), 34 + row * (cell_height + 4)))
     text_width = max(int(draw.textlength(name, font=font)) for name, _ in top)
     left = min(8 + text_width + 12, width // 2)
     for index, (name, probability) in enumerate(top):
         y = bars_top + 26 * index
-        draw.text((8, y + 2), name, fill=(20, 20, 20), font=font)
-        draw.rectangle((left, y, width - 76, y + 20), fill=TRACK_COLOUR)
-        draw.rectangle((left, y, left + (width - 76 - left) * probability, y + 20), fill=BAR_COLOUR)
-        draw.text((width - 68, y + 2), f"{probability:.1%}", fill=(20, 20, 20), font=font)
+        draw.text((8, y + 2), name, fill=DARK, font=font)
+        draw_bar(draw, left, y, width - 76, probability, BAR, TRACK)
+        draw.text((width - 68, y + 2), f"{probability:.1%}", fill=DARK, font=font)
     return sheet
 
 
@@ -98,18 +95,17 @@ def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int
     """Frames (T, H, W, 3), enlarged to `min_width` if smaller, the three best classes below; even height and width."""
     from PIL import Image, ImageDraw, ImageFont
 
-    scale = max(1.0, min_width / frames.shape[2])
-    width, height = (2 * round(scale * side / 2) for side in (frames.shape[2], frames.shape[1]))
+    width, height = even_size(frames.shape[2], frames.shape[1], min_width)
     font = ImageFont.load_default(16)
-    caption = Image.new("RGB", (width, 24 * len(top[:3]) + 8), (20, 20, 20))
+    caption = Image.new("RGB", (width, 24 * len(top[:3]) + 8), DARK)
     draw = ImageDraw.Draw(caption)
     for index, (name, probability) in enumerate(top[:3]):
-        draw.rectangle((0, 24 * index + 5, width * probability, 24 * index + 25), fill=BAR_COLOUR)
-        draw.text((8, 24 * index + 5), f"{probability:6.1%}  {name}", fill=(255, 255, 255), font=font)
+        draw_bar(draw, 0, 24 * index + 5, width, probability, BAR)
+        draw.text((8, 24 * index + 5), f"{probability:6.1%}  {name}", fill=LIGHT, font=font)
     result = np.empty((len(frames), height + caption.height, width, 3), np.uint8)
     result[:, height:] = np.asarray(caption)
     for index, frame in enumerate(frames):
-        result[index, :height] = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
+        result[index, :height] = resized(frame, width, height)
     return result
 
 

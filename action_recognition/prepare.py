@@ -1,4 +1,4 @@
-"""Check a data set, write a composed one, or download what can be downloaded.
+"""Check a data set, write a synthetic one, or download what can be downloaded.
 
     python -m action_recognition.prepare --preset tiny               # 10 motions, real mp4 files, in data/motion
     python -m action_recognition.prepare --kind ssv2 --probe         # count, name what is missing, open every file
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from action_recognition.compose import STAMP, VIDEO_FOLDER, Composition, write_contact_sheet, write_dataset
 from action_recognition.configs import ROWS, Data
 from action_recognition.data import Subset, find_videos, read_class_names
+from action_recognition.synthetic import VIDEO_FOLDER, Synthetic, write_contact_sheet, write_dataset
 from engine import commands
 from engine.data.check import Check
 from engine.data.download import download, extract, free_bytes
-from engine.data.workers import damaged_videos, name_some, progress_bar
+from engine.data.workers import damaged_videos, name_some
+from engine.synthetic.write import STAMP, prepare_files
 
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
 KINETICS_BYTES = {"train": 400 << 30, "val": 48 << 30}  # about; the mirror publishes neither sizes nor checksums
@@ -39,7 +40,7 @@ class Arguments(commands.Preparation):
     """See the module's docstring."""
 
     kind: Literal["ssv2", "kinetics", "folder", "csv"] | None = None  # the layout to check or download
-    composition: Composition = field(default_factory=Composition)  # with a preset: what to write
+    synthetic: Synthetic = field(default_factory=Synthetic)  # with a preset: what to write
     mirror: str = KINETICS_MIRROR
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")  # of Kinetics-400 to download
 
@@ -143,17 +144,15 @@ def fetch(arguments: Arguments) -> None:
         raise ValueError(f"--download: there is nothing to download for --kind {arguments.kind}")
 
 
-def compose(arguments: Arguments) -> None:
-    """Write the composed data set with a progress bar; says so and returns at once if it is complete already."""
-    root, composition = arguments.root or Data().root, arguments.composition
-    total = composition.num_train + composition.num_validation
-    with progress_bar(f"composing {root}", total) as advance:
-        written = write_dataset(root, composition, workers=arguments.workers, on_clip=advance)
-    state = "written" if written else "complete already"
-    print(f"{root}: {total} clips in {len(composition.templates())} classes, {state}")
+def write_synthetic(arguments: Arguments) -> None:
+    """Write the synthetic data set with a progress bar; says so and returns at once if it is complete already."""
+    root, synthetic = arguments.root or Data().root, arguments.synthetic
+    total, what = synthetic.num_train + synthetic.num_validation, f"clips in {len(synthetic.templates())} classes"
+    workers = arguments.workers
+    prepare_files(root, total, what, lambda done: write_dataset(root, synthetic, workers=workers, on_done=done))
     if arguments.sheet is not None:
-        write_contact_sheet(arguments.sheet, composition)
+        write_contact_sheet(arguments.sheet, synthetic)
 
 
 if __name__ == "__main__":
-    commands.prepare(Arguments, ROWS, compose=compose, check=check, download=fetch)
+    commands.prepare(Arguments, ROWS, synthetic=write_synthetic, check=check, download=fetch)

@@ -21,6 +21,7 @@ from engine.records.record import Record, read_records
 from engine.records.tables import DASH, Line, markdown_table, mebibytes, summarise
 from engine.rows import find_row, run_rows
 from engine.training.finetuning import coefficients, inverts
+from engine.visual import OKABE_ITO
 
 FAMILY = "motion_vits"
 REFERENCES = ("conventional", "reversible")  # trained with the same seeds
@@ -28,16 +29,22 @@ NAMES = (*REFERENCES, "dr2net", "dr2net_float", *(f"dr2net_{setting}" for settin
 SETTING_ROWS = [f"{FAMILY}_{name}" for name in NAMES]
 SHOWN = [*SETTING_ROWS, f"{FAMILY}_checkpointed"]  # the last if reproduce.sh has trained it
 CHECKPOINTING_BITS = 32 / 2  # a float32 block input for two branches
-GROUPS = (  # legend, setting, colour (Okabe and Ito), marker, filled
-    ("constant (1 - beta, beta), named by beta;\nbold: the row motion_vits_dr2net", None, "#009E73", "o", True),
-    ("convex, (.9, .1) to (.3, .7)", "convex_moving", "#0072B2", "s", True),
-    ("authors, to (.4, .7), together", "authors_together_04_07", "#E69F00", "^", True),
-    ("authors, to (.4, .7), alternating", "authors_alternating_04_07", "#E69F00", "^", False),
-    ("authors, to (0, 1), together", "authors_together_0_1", "#CC79A7", "D", True),
-    ("authors, to (0, 1), alternating", "authors_alternating_0_1", "#CC79A7", "D", False),
-    ("float inverse, to (.4, .7)", "float", "#56B4E9", "X", True),
+GROUPS = (  # legend, setting, color of Okabe and Ito, marker, filled
+    (
+        "constant (1 - beta, beta), named by beta;\nbold: the row motion_vits_dr2net",
+        None,
+        OKABE_ITO["green"],
+        "o",
+        True,
+    ),
+    ("convex, (.9, .1) to (.3, .7)", "convex_moving", OKABE_ITO["blue"], "s", True),
+    ("authors, to (.4, .7), together", "authors_together_04_07", OKABE_ITO["orange"], "^", True),
+    ("authors, to (.4, .7), alternating", "authors_alternating_04_07", OKABE_ITO["orange"], "^", False),
+    ("authors, to (0, 1), together", "authors_together_0_1", OKABE_ITO["purple"], "D", True),
+    ("authors, to (0, 1), alternating", "authors_alternating_0_1", OKABE_ITO["purple"], "D", False),
+    ("float inverse, to (.4, .7)", "float", OKABE_ITO["sky"], "X", True),
 )
-REFERENCE_COLOURS = {"conventional": "#000000", "reversible": "#D55E00"}
+REFERENCE_COLORS = {"conventional": OKABE_ITO["black"], "reversible": OKABE_ITO["vermilion"]}
 SPACING = 0.13  # between settings that store the same number of bits
 
 
@@ -118,17 +125,17 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
     lines = {line.row.removeprefix(f"{FAMILY}_").removeprefix("dr2net_"): (line, f) for line, f in found}
     for name in REFERENCES:
         if name in lines:
-            line, colour = lines[name][0], REFERENCE_COLOURS[name]
+            line, color = lines[name][0], REFERENCE_COLORS[name]
             label = f"{name}, (0, 1)" if name == "reversible" else name
-            axes.axhline(line.mean, color=colour, linewidth=1.2, label=f"{label}  {line.mean:.1f}")
+            axes.axhline(line.mean, color=color, linewidth=1.2, label=f"{label}  {line.mean:.1f}")
             if line.std:
-                axes.axhspan(line.mean - line.std, line.mean + line.std, color=colour, alpha=0.1, linewidth=0)
+                axes.axhspan(line.mean - line.std, line.mean + line.std, color=color, alpha=0.1, linewidth=0)
 
     names = [name for name in ("dr2net", *SETTINGS, "float") if name in lines]
     constant = [name for name in names if is_constant(lines[name][1])]
     names = [*constant, *(name for name in names if name not in constant)]
     places = places_of([(name, stored_bits(lines[name][1])) for name in names])
-    for label, setting, colour, marker, filled in GROUPS:
+    for label, setting, color, marker, filled in GROUPS:
         names = sorted(constant, key=lambda name: places[name]) if setting is None else [setting]
         names = [name for name in names if name in places]
         if not names:
@@ -138,10 +145,10 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             [places[name] for name in names],
             means,
             yerr=[lines[name][0].std or 0 for name in names],
-            color=colour,
+            color=color,
             marker=marker,
             markersize=7,
-            markerfacecolor=colour if filled else "white",
+            markerfacecolor=color if filled else "white",
             linestyle="-" if setting is None else "none",
             linewidth=0.8,
             capsize=2.5,
@@ -160,7 +167,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
                     va="center",
                     fontsize=8,
                     fontweight="bold" if name == "dr2net" else "normal",
-                    color=colour,
+                    color=color,
                 )
     ticks = sorted({round(place) for place in places.values()})
     for left, right in zip(ticks, ticks[1:], strict=False):

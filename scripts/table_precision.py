@@ -5,7 +5,7 @@
 For each setting: |g - g_stored| / |g_stored| over all parameters, where g_stored comes from the same arithmetic with
 all activations stored; for exact inversion also the distance of the output from the unquantised float64 network with
 the same coefficients, and the bits stored per element and branch. Writes precision.json, precision.md, precision.png.
-The loss is a fixed random linear function of the normalised tokens of two pictures composed by `training/motion.py`.
+The loss is a fixed random linear function of the normalised tokens of two pictures synthetic by `training/motion.py`.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def build(weights: str, blocks: int) -> nn.Module:
 
 
 def pictures(size: int) -> Tensor:
-    """(2, 3, size, size), normalised: first frames of two composed clips."""
+    """(2, 3, size, size), normalised: first frames of two synthetic clips."""
     clips = [render_clip("turning clockwise", key=(i,), group="train", size=size)[0] for i in range(2)]
     return (torch.from_numpy(np.stack([clip[0] for clip in clips])).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
 

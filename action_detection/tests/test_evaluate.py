@@ -15,7 +15,6 @@ import torch
 from action_detection import data as data_file
 from action_detection import evaluate as evaluate_file
 from action_detection import model as model_file
-from action_detection.compose import Composition, write_dataset
 from action_detection.configs import ROWS, Config, Detection
 from action_detection.data import read_annotations
 from action_detection.evaluate import (
@@ -33,6 +32,7 @@ from action_detection.evaluate import (
 from action_detection.metric import evaluate_files
 from action_detection.model import build_model
 from action_detection.ops import Window
+from action_detection.synthetic import Synthetic, write_dataset
 from engine import commands
 from engine.command_line import run_command
 from engine.settings import to_json
@@ -280,8 +280,8 @@ def save(config: Config, folder: Path) -> None:
 
 
 def test_a_run_is_evaluated_and_its_file_alone_gives_the_same(tmp_path, monkeypatch, capsys):
-    composition = Composition(num_training=1, num_validation=2, size=32, seconds=(20.0, 20.0), fps=8.0)
-    write_dataset(tmp_path / "data", composition, workers=1)
+    synthetic = Synthetic(num_training=1, num_validation=2, size=32, seconds=(20.0, 20.0), fps=8.0)
+    write_dataset(tmp_path / "data", synthetic, workers=1)
     base = ROWS["untrimmed_tiny_dr2net"]()
     data = replace(base.data, root=tmp_path / "data", num_steps=16, frames_per_step=2, image_size=32, fps=4.0)
     # An untrained network knows nothing: thresholds that noise reaches.

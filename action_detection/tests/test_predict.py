@@ -12,7 +12,6 @@ import torch
 
 from action_detection import model as model_file
 from action_detection import predict as module
-from action_detection.compose import ANNOTATIONS, Composition, write_dataset
 from action_detection.configs import ROWS, Config
 from action_detection.data import build_dataset, collate, read_annotations
 from action_detection.evaluate import collect, detections
@@ -22,13 +21,14 @@ from action_detection.predict import (
     Arguments,
     annotate,
     annotated_actions,
-    colours_of,
+    colors_of,
     detect,
     draw_captions,
     draw_overview,
     draw_timeline,
     predict,
 )
+from action_detection.synthetic import ANNOTATIONS, Synthetic, write_dataset
 from engine import commands
 from engine.data import video
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
@@ -39,10 +39,10 @@ from engine.training.finetuning import coefficients
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
-    """A composed data set and an untrained small network: (config, model, a test video)."""
+    """A synthetic data set and an untrained small network: (config, model, a test video)."""
     root = tmp_path_factory.mktemp("world")
-    composition = Composition(num_training=1, num_validation=1, size=32, seconds=(20.0, 20.0), fps=8.0)
-    write_dataset(root, composition, workers=1)
+    synthetic = Synthetic(num_training=1, num_validation=1, size=32, seconds=(20.0, 20.0), fps=8.0)
+    write_dataset(root, synthetic, workers=1)
     base = ROWS["untrimmed_tiny_dr2net"]()
     base = replace(base, model=replace(base.model, weights=None))
     data = replace(base.data, root=root, num_steps=16, frames_per_step=2, image_size=32, fps=4.0, num_videos=None)
@@ -198,21 +198,21 @@ def test_pictures_take_any_number_of_classes_and_long_names(world, tmp_path, num
     info = probe(clip)
     names = [f"{k} Moving [something] out from behind [something] and then back again" for k in range(num_classes)]
     actions = [Action(name, 0.3 * k, 0.3 * k + 2, 1 / (k + 1)) for k, name in enumerate(names)]
-    colours = colours_of(actions)
-    assert list(colours) == names[: module.MAX_LANES]
-    draw_timeline(tmp_path / "t.png", clip, info, actions, None, colours, title="clip.mp4")
-    draw_timeline(tmp_path / "t.png", clip, info, actions, actions[:1], colours, title="clip.mp4")
-    shown = [action for action in actions if action.label in colours]
-    for image in (draw_captions(shown, colours, 1.0, 480), draw_overview(shown, colours, info.seconds, 480)):
+    colors = colors_of(actions)
+    assert list(colors) == names[: module.MAX_LANES]
+    draw_timeline(tmp_path / "t.png", clip, info, actions, None, colors, title="clip.mp4")
+    draw_timeline(tmp_path / "t.png", clip, info, actions, actions[:1], colors, title="clip.mp4")
+    shown = [action for action in actions if action.label in colors]
+    for image in (draw_captions(shown, colors, 1.0, 480), draw_overview(shown, colors, info.seconds, 480)):
         assert image.width == 480 and image.height % 2 == 0
 
 
 def test_a_caption_shows_the_best_action_of_each_class_while_it_lasts():
     actions = [Action("a", 1, 3, 0.9), Action("a", 0, 3, 0.5), Action("b", 2, 4, 0.4)]
-    colours = {"a": "#ff0000", "b": "#00ff00"}
+    colors = {"a": "#ff0000", "b": "#00ff00"}
 
     def bars(moment: float) -> list[tuple]:
-        pixels = np.asarray(draw_captions(actions, colours, moment, 400))
+        pixels = np.asarray(draw_captions(actions, colors, moment, 400))
         return [tuple(pixels[24 * line + 22, 60].tolist()) for line in range(3)]
 
     assert bars(2.5) == [(255, 0, 0), (0, 255, 0), module.DARK]

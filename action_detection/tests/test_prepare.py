@@ -1,4 +1,4 @@
-"""Counting, naming what is missing, damaged or without scores, composing; and both download scripts, on 127.0.0.1."""
+"""Counting, naming what is missing, damaged or without scores, synthetic sets; both download scripts, on 127.0.0.1."""
 
 import json
 import os
@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 
 from action_detection import prepare
-from action_detection.compose import ANNOTATIONS, STAMP, Composition, write_dataset
 from action_detection.configs import ROWS, Data
 from action_detection.data import read_annotations
-from action_detection.prepare import Arguments, compose, fetch, write_thumos_annotations
+from action_detection.prepare import Arguments, fetch, write_synthetic, write_thumos_annotations
+from action_detection.synthetic import ANNOTATIONS, Synthetic, write_dataset
 from engine import commands
 from engine.data.check import Check
 from engine.data.video import write_video
+from engine.synthetic.write import STAMP
 
-SMALL = Composition(num_training=2, num_validation=2, size=32, seconds=(9.0, 10.0), action_seconds=(1.5, 3.0))
+SMALL = Synthetic(num_training=2, num_validation=2, size=32, seconds=(9.0, 10.0), action_seconds=(1.5, 3.0))
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int | str:
     """The exit status of the command line, or the line that it ends with."""
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        commands.prepare(Arguments, ROWS, compose=compose, check=prepare.check, download=fetch)
+        commands.prepare(Arguments, ROWS, synthetic=write_synthetic, check=prepare.check, download=fetch)
     return stop.value.code or 0
 
 
@@ -56,7 +57,7 @@ def snapshot(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_complete_composed_set_passes_and_a_check_writes_nothing(untrimmed, capsys, monkeypatch):
+def test_a_complete_synthetic_set_passes_and_a_check_writes_nothing(untrimmed, capsys, monkeypatch):
     before = snapshot(untrimmed)
     found = check(untrimmed, probe=True)
     assert found.problems == [] and found.empty == []
@@ -97,7 +98,7 @@ def test_odd_repeated_and_absent_annotations_are_named(untrimmed):
     assert "1 validation videos have no annotation, they are tested all the same: composed0004" in without
 
 
-def test_the_announced_counts_are_asked_of_a_set_that_was_not_composed(untrimmed):
+def test_the_announced_counts_are_asked_of_a_set_that_was_not_made_here(untrimmed):
     (untrimmed / STAMP).unlink()
     problems = check(untrimmed).problems
     assert problems[0] == "classes: 10 instead of the announced 200" and len(problems) == 3
@@ -123,11 +124,11 @@ def test_test_videos_without_outside_scores_are_named(untrimmed, tmp_path):
     assert "scores.json: no class scores" in nowhere
 
 
-def test_composing_twice_writes_once(tmp_path, capsys):
+def test_a_synthetic_set_asked_for_twice_is_written_once(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    arguments = Arguments(preset="tiny", root=tmp_path / "set", composition=SMALL, workers=1, sheet=sheet)
+    arguments = Arguments(preset="tiny", root=tmp_path / "set", synthetic=SMALL, workers=1, sheet=sheet)
     for state in ("written", "complete already"):
-        compose(arguments)
+        write_synthetic(arguments)
         assert f"4 videos, {state}" in capsys.readouterr().out
     assert sheet.is_file()
 

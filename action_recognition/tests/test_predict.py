@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from action_recognition import model as model_file
-from action_recognition.compose import Composition, write_dataset
 from action_recognition.configs import ROWS, Config
 from action_recognition.data import build_dataset, collate
 from action_recognition.evaluate import collect, merge
 from action_recognition.model import build_model
 from action_recognition.predict import annotate, classify, draw_contact_sheet, predict
+from action_recognition.synthetic import Synthetic, write_dataset
 from engine.commands import Prediction, load_run
 from engine.data.video import BrokenVideo, probe
 from engine.settings import to_json
@@ -23,10 +23,10 @@ from engine.training.finetuning import apply_method, coefficients
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Config, Path, Path]:
-    """A composed data set and a checkpoint of an untrained tiny network: (config, checkpoint folder, a video)."""
+    """A synthetic data set and a checkpoint of an untrained tiny network: (config, checkpoint folder, a video)."""
     root = tmp_path_factory.mktemp("world")
-    composition = Composition(num_classes=4, num_train=4, num_validation=4, size=32, num_frames=(8, 9))
-    write_dataset(root / "data", composition, workers=1)
+    synthetic = Synthetic(num_classes=4, num_train=4, num_validation=4, size=32, num_frames=(8, 9))
+    write_dataset(root / "data", synthetic, workers=1)
     base = ROWS["motion_tiny_dr2net"]()
     data = replace(base.data, root=root / "data", num_classes=4, num_frames=4, image_size=32)
     config = replace(base, data=data)

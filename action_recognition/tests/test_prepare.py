@@ -1,4 +1,4 @@
-"""Counting, naming what is missing, opening files, composing, and Kinetics-400 from a mirror on 127.0.0.1."""
+"""Counting, naming what is missing, opening files, synthetic sets, and Kinetics-400 from a mirror on 127.0.0.1."""
 
 import io
 import json
@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 from action_recognition import prepare
-from action_recognition.compose import Composition, write_dataset
 from action_recognition.configs import ROWS, Data
 from action_recognition.data import read_entries
-from action_recognition.prepare import Arguments, compose, download_kinetics, fetch
+from action_recognition.prepare import Arguments, download_kinetics, fetch, write_synthetic
+from action_recognition.synthetic import Synthetic, write_dataset
 from engine import commands
 from engine.data.check import Check
 from engine.data.download import DownloadError
 from engine.data.video import write_video
 
-SMALL = Composition(num_classes=4, num_train=30, num_validation=8, size=32, num_frames=(4, 5))
+SMALL = Synthetic(num_classes=4, num_train=30, num_validation=8, size=32, num_frames=(4, 5))
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str:
     """The exit status of the command line, or the line that it ends with."""
     monkeypatch.setattr(sys, "argv", ["prepare", *words])
     with pytest.raises(SystemExit) as stop:
-        commands.prepare(Arguments, ROWS, compose=compose, check=prepare.check, download=fetch)
+        commands.prepare(Arguments, ROWS, synthetic=write_synthetic, check=prepare.check, download=fetch)
     return stop.value.code or 0
 
 
@@ -47,7 +47,7 @@ def motion(tmp_path) -> Path:
     return tmp_path / "motion"
 
 
-def test_a_complete_composed_set_passes(motion):
+def test_a_complete_synthetic_set_passes(motion):
     found = check(motion, probe=True)
     assert found.problems == [] and found.counts == {"classes": 4, "train": 30, "validation": 8, "videos": 38}
 
@@ -71,7 +71,7 @@ def test_damaged_videos_are_found_only_by_opening(motion):
     assert "5.mp4: is cut short" in problem and (motion / "damaged_train.txt").is_file()
 
 
-def test_the_official_counts_are_asked_of_a_set_that_was_not_composed(motion):
+def test_the_official_counts_are_asked_of_a_set_that_was_not_made_here(motion):
     (motion / "composition.json").unlink()
     problems = check(motion).problems
     assert "train: 30 instead of the official 168913" in problems
@@ -86,9 +86,9 @@ def test_an_absent_set_says_what_to_request(tmp_path, capsys, monkeypatch):
     assert "accept the licence" in printed and f"scripts/download_ssv2.sh {tmp_path}" in printed
 
 
-def test_composing_twice_writes_once(tmp_path, capsys):
+def test_a_synthetic_set_asked_for_twice_is_written_once(tmp_path, capsys):
     for state in ("written", "complete already"):
-        compose(Arguments(preset="tiny", root=tmp_path / "m", composition=SMALL, workers=1))
+        write_synthetic(Arguments(preset="tiny", root=tmp_path / "m", synthetic=SMALL, workers=1))
         assert f"38 clips in 4 classes, {state}" in capsys.readouterr().out
 
 

@@ -151,16 +151,16 @@ def prepare(
     arguments_type: type[Q],
     rows: Mapping[str, Callable[[], Any]],
     *,
-    compose: Callable[[Q], None],
+    synthetic: Callable[[Q], None],
     check: Callable[[Q], Check],
     download: Callable[[Q], None],
 ) -> None:
-    """Compose, download or check data. The exit status is 0 only if everything is there (`Check.failed`)."""
+    """Make, download or check data. The exit status is 0 only if everything is there (`Check.failed`)."""
 
     def main(words: list[str]) -> int:
         arguments = parse(arguments_type, words)
         if arguments.preset in ("tiny", "laptop"):
-            compose(arguments)
+            synthetic(arguments)
             return 0
         wanted = [arguments]
         if arguments.preset == "paper":

@@ -1,6 +1,6 @@
 """Many small independent jobs, as preparing a data set has them: processes, a progress bar, files that appear whole.
 
-    with progress_bar("composing", len(jobs)) as advance:
+    with progress_bar("writing", len(jobs)) as advance:
         results = run_jobs(write_clip, jobs, workers=2, on_done=advance)
 
 Not a scheduler: no retries, results in the order of the jobs, the first exception ends it.

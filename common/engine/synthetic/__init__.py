@@ -1,1 +1,1 @@
-"""Composed data in the real formats: sprites, motion, drawn clips. Pure functions of a seed."""
+"""Synthetic data in the real formats: sprites, motion, drawn clips. Pure functions of a seed."""

@@ -3,7 +3,7 @@
     clips = draw_clips(16, 8, 64, torch.Generator().manual_seed(0))
 
 Tensors, no files, without end: the targets are dense (where the object is, how its points move), so that a small video
-network learns motion in minutes. A pure function of the generator's state. Not here: composed videos with classes
+network learns motion in minutes. A pure function of the generator's state. Not here: synthetic videos with classes
 (`motion.py`).
 """
 

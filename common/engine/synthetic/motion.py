@@ -1,4 +1,4 @@
-"""Composed motion clips: one drawn object moves before a drawn scene, and only the motion tells the class.
+"""Synthetic motion clips: one drawn object moves before a drawn scene, and only the motion tells the class.
 
     frames, name = render_clip("moving left", key=(seed, 7), group="train", size=98)
 

@@ -1,4 +1,4 @@
-"""Drawn objects and backgrounds for composed videos: `draw_object`, `draw_background`, `objects_of`.
+"""Drawn objects and backgrounds for synthetic videos: `draw_object`, `draw_background`, `objects_of`.
 
 An object is a shape filled with a texture in two colours, with an off-centre mark, so that its angle can be seen.
 Which pairs of shape and texture exist for which purpose is fixed by `objects_of`: training and validation share none.

@@ -5,7 +5,7 @@ from engine.data.check import Check
 from toy_task.configs import ROWS
 
 
-def compose(arguments: commands.Preparation) -> None:
+def write_synthetic(arguments: commands.Preparation) -> None:
     """The clouds are made on the fly."""
 
 
@@ -20,4 +20,4 @@ def fetch(arguments: commands.Preparation) -> None:
 
 
 if __name__ == "__main__":
-    commands.prepare(commands.Preparation, ROWS, compose=compose, check=check, download=fetch)
+    commands.prepare(commands.Preparation, ROWS, synthetic=write_synthetic, check=check, download=fetch)

@@ -1,4 +1,4 @@
-"""The composed data set: motion decides and no single frame does; balanced, disjoint, deterministic, really on disk."""
+"""Synthetic data: motion decides and no single frame does; balanced, disjoint, deterministic, really on disk."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from action_recognition import compose
-from action_recognition.compose import Composition, write_contact_sheet, write_dataset
+from action_recognition import synthetic
+from action_recognition.synthetic import Synthetic, write_contact_sheet, write_dataset
 from engine.data.video import probe, read_frames
 from engine.synthetic.motion import MOTIONS, draw_track, render_clip
 from engine.synthetic.sprites import SHAPES, objects_of
 
-SMALL = Composition(num_train=20, num_validation=10, size=48, num_frames=(6, 8))
+SMALL = Synthetic(num_train=20, num_validation=10, size=48, num_frames=(6, 8))
 PAIRS = [("moving left", "moving right"), ("moving up", "moving down"), ("approaching", "receding")] + [
     ("turning clockwise", "turning counter-clockwise"),
 ]
@@ -123,7 +123,7 @@ def test_files_are_complete_decodable_and_balanced(written):
 
 
 def test_what_is_on_disk_is_the_rendered_clip(written):
-    frames, _ = compose._render(SMALL, "train", 1, 0)
+    frames, _ = synthetic._render(SMALL, "train", 1, 0)
     back = read_frames(written / "20bn-something-something-v2" / "1.mp4", range(len(frames)))
     # The codec halves the colour resolution and smooths noise; a wrong clip differs by some 50.
     assert np.abs(back.astype(float) - frames).mean() < 8
@@ -133,16 +133,16 @@ def test_the_same_seed_gives_the_same_files_in_any_number_of_processes_and_anoth
     write_dataset(tmp_path / "again", SMALL, workers=2)
     for path in (written / "20bn-something-something-v2").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / "20bn-something-something-v2" / path.name).read_bytes()
-    other = compose._render(Composition(size=48, seed=1), "train", 1, 0)[0]
-    assert not np.array_equal(other[:6], compose._render(Composition(size=48), "train", 1, 0)[0][:6])
+    other = synthetic._render(Synthetic(size=48, seed=1), "train", 1, 0)[0]
+    assert not np.array_equal(other[:6], synthetic._render(Synthetic(size=48), "train", 1, 0)[0][:6])
 
 
 def test_a_complete_data_set_is_left_alone_and_another_is_not_overwritten(written, tmp_path):
     assert not write_dataset(written, SMALL, workers=1)
-    with pytest.raises(ValueError, match="another composed data set"):
-        write_dataset(written, Composition(num_train=10, num_validation=10, size=48), workers=1)
+    with pytest.raises(ValueError, match="another synthetic data set"):
+        write_dataset(written, Synthetic(num_train=10, num_validation=10, size=48), workers=1)
     (tmp_path / "something-something-v2-labels.json").write_text("{}")
-    with pytest.raises(ValueError, match="not composed here"):
+    with pytest.raises(ValueError, match="not made here"):
         write_dataset(tmp_path, SMALL, workers=1)
 
 
@@ -162,8 +162,8 @@ def test_the_contact_sheet_shows_every_class(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"num_classes": 11}, {"size": 49}, {"num_frames": (9, 8)}, {"num_frames": (1, 8)}])
-def test_impossible_compositions_are_refused(wrong):
+def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Composition(**wrong)
+        Synthetic(**wrong)
     with pytest.raises(ValueError, match="unknown motion"):
         render_clip("flying", key=(0,), group="train")

@@ -1,6 +1,6 @@
-"""Write composed untrimmed videos, real mp4 files in the on-disk layout of ActivityNet-1.3.
+"""Write synthetic untrimmed videos, real mp4 files in the on-disk layout of ActivityNet-1.3.
 
-    write_dataset(Path("data/untrimmed"), Composition())
+    write_dataset(Path("data/untrimmed"), Synthetic())
 
 The classes are the motions of engine.synthetic.motion. In each video objects stand, and now and then one of them acts
 for some seconds; the annotated segment is exactly the time of the motion. An object appears before it acts and leaves
@@ -9,7 +9,6 @@ actions. So a boundary can be seen by the motion alone. Training and validation 
 seed. Not ActivityNet: it only borrows the layout, so that the same reader, recipe and metric run on it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +18,22 @@ from PIL import Image
 
 from action_detection.annotations import LABELS
 from engine.data.video import write_video
-from engine.data.workers import run_jobs, write_json
+from engine.data.workers import write_json
 from engine.synthetic.motion import MOTIONS, Track, draw_track, halve_again, place_object, smooth_curve
 from engine.synthetic.sprites import Group, draw_background, draw_object, objects_of
+from engine.synthetic.write import write_files
+from engine.visual import film_strip, save_stack
 
 VERSION = 1  # raise it when a change of the renderer changes the files
 ANNOTATIONS = "activity_net.v1-3.min.json"  # written last: its presence says that the data set is complete
 VIDEO_FOLDER = "videos"
-STAMP = "composition.json"  # written first: files of another composition are never taken for these
 SUBSETS: dict[str, Group] = {"training": "train", "validation": "validation"}
 INSIDE = (0.12, 0.88)  # where the centre of an object may get, in units of the frame
 RADII = (0.12, 0.4)  # its radius, likewise
 
 
 @dataclass(frozen=True)
-class Composition:
+class Synthetic:
     """What to write. The files are a function of these values alone."""
 
     num_training: int = 110
@@ -101,46 +101,37 @@ def video_name(number: int) -> str:
 
 
 def write_dataset(
-    root: Path, composition: Composition, *, workers: int = 2, on_video: Callable[[], None] | None = None
+    root: Path, synthetic: Synthetic, *, workers: int = 2, on_done: Callable[[], None] | None = None
 ) -> bool:
     """Write the videos and the annotation file below `root`. False if they are there already, of the same parameters.
 
-    Videos that an interrupted call left are kept. on_video: called after each one, for a progress bar. Files of
-    another composition are an error, never overwritten.
+    Videos that an interrupted call left are kept. on_done: called after each one, for a progress bar. Files of
+    other settings are an error, never overwritten.
     """
-    root = Path(root)
-    stamp = json.loads(json.dumps({"version": VERSION, **asdict(composition)}))
-    paths = [root / VIDEO_FOLDER / f"v_{video_name(number)}.mp4" for _, number in composition.videos()]
-    if (root / STAMP).is_file():
-        found = json.loads((root / STAMP).read_text())
-        if found != stamp:
-            raise ValueError(f"{root}: holds another composed data set ({found}); choose another --root or delete it")
-        if (root / ANNOTATIONS).is_file() and all(path.is_file() for path in paths):
-            return False
-    elif (root / ANNOTATIONS).exists() or (root / VIDEO_FOLDER).exists():
-        raise ValueError(f"{root}: holds a data set that was not composed here; choose another --root")
-    (root / VIDEO_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(root / STAMP, stamp)
-    jobs = [(composition, *video, path) for video, path in zip(composition.videos(), paths, strict=True)]
-    entries = run_jobs(_write_one, jobs, workers=workers, on_done=on_video, chunk=2)
-    (root / LABELS).write_text("".join(f"{motion}\n" for motion in MOTIONS))
-    write_json(
-        root / ANNOTATIONS,
-        {
-            "version": f"composed motions, version {VERSION}",
-            "taxonomy": _taxonomy(),
-            "database": {video_name(job[2]): entry for job, entry in zip(jobs, entries, strict=True)},
-        },
-    )
-    return True
+    paths = [root / VIDEO_FOLDER / f"v_{video_name(number)}.mp4" for _, number in synthetic.videos()]
+    jobs = [(synthetic, *video, path) for video, path in zip(synthetic.videos(), paths, strict=True)]
+
+    def finish(entries: list[dict]) -> None:
+        (root / LABELS).write_text("".join(f"{motion}\n" for motion in MOTIONS))
+        write_json(
+            root / ANNOTATIONS,
+            {
+                "version": f"composed motions, version {VERSION}",
+                "taxonomy": _taxonomy(),
+                "database": {video_name(job[2]): entry for job, entry in zip(jobs, entries, strict=True)},
+            },
+        )
+
+    stamp, files = {"version": VERSION, **asdict(synthetic)}, [*paths, root / LABELS, root / ANNOTATIONS]
+    return write_files(root, stamp, files, _write_one, jobs, finish, workers=workers, on_done=on_done)
 
 
-def compose_scene(composition: Composition, subset: str, number: int) -> Scene:
+def build_scene(synthetic: Synthetic, subset: str, number: int) -> Scene:
     """Everything about one video, as a function of its key."""
-    rng = np.random.default_rng([composition.seed, list(SUBSETS).index(subset), number])
-    group, fps = SUBSETS[subset], composition.fps
-    num_frames = int(rng.uniform(*composition.seconds) * fps)
-    actions = _schedule(rng, composition, num_frames)
+    rng = np.random.default_rng([synthetic.seed, list(SUBSETS).index(subset), number])
+    group, fps = SUBSETS[subset], synthetic.fps
+    num_frames = int(rng.uniform(*synthetic.seconds) * fps)
+    actions = _schedule(rng, synthetic, num_frames)
     actors = _actors(rng, group, actions, num_frames, fps)
     bystanders = [_bystander(rng, group, num_frames, fps) for _ in range(rng.integers(0, 4))]
     cuts = sorted(rng.integers(1, num_frames, size=rng.integers(0, 3)).tolist())
@@ -148,7 +139,7 @@ def compose_scene(composition: Composition, subset: str, number: int) -> Scene:
         num_frames=num_frames,
         actions=actions,
         things=bystanders + actors,
-        backgrounds=[(first, draw_background(rng, composition.size)) for first in [0, *cuts]],
+        backgrounds=[(first, draw_background(rng, synthetic.size)) for first in [0, *cuts]],
         light=_light(rng, num_frames),
         noise=rng.uniform(1, 4),
     )
@@ -173,38 +164,35 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     return frames
 
 
-def write_contact_sheet(path: Path, composition: Composition, *, rows: int = 6, columns: int = 16) -> None:
+def write_contact_sheet(path: Path, synthetic: Synthetic, *, rows: int = 6, columns: int = 16) -> None:
     """A PNG with the first validation videos, a row each, time from left to right, the actions as bars below."""
     from PIL import ImageDraw
 
     sheet, bar = [], 28
-    for subset, number in [video for video in composition.videos() if video[0] == "validation"][:rows]:
-        scene, frames = _film(composition, subset, number)
+    for subset, number in [video for video in synthetic.videos() if video[0] == "validation"][:rows]:
+        scene, frames = _film(synthetic, subset, number)
         chosen = frames[((np.arange(columns) + 0.5) * len(frames) / columns).astype(int)]
-        width = columns * composition.size
-        row = Image.new("RGB", (width, composition.size + bar), (255, 255, 255))
-        row.paste(Image.fromarray(np.concatenate(list(chosen), axis=1)), (0, 0))
+        width, row = columns * synthetic.size, film_strip(chosen, below=bar)
         draw = ImageDraw.Draw(row)
         for action in scene.actions:
             left, right = (f * width / scene.num_frames for f in (action.first, action.last))
-            colour = list(MOTIONS).index(action.motion) * 360 // len(MOTIONS)
-            draw.rectangle((left, composition.size + 2, right, composition.size + 8), fill=f"hsl({colour},70%,50%)")
-            draw.text((left, composition.size + 10), action.motion, fill=(0, 0, 0))
+            color = list(MOTIONS).index(action.motion) * 360 // len(MOTIONS)
+            draw.rectangle((left, synthetic.size + 2, right, synthetic.size + 8), fill=f"hsl({color},70%,50%)")
+            draw.text((left, synthetic.size + 10), action.motion, fill=(0, 0, 0))
         for first, _ in scene.backgrounds[1:]:
             x = first * width / scene.num_frames
-            draw.line((x, composition.size, x, composition.size + 10), fill=(0, 0, 0))
-        sheet.append(np.asarray(row))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(sheet, axis=0)).save(path)
+            draw.line((x, synthetic.size, x, synthetic.size + 10), fill=(0, 0, 0))
+        sheet.append(row)
+    save_stack(path, sheet)
 
 
-def _schedule(rng: np.random.Generator, composition: Composition, num_frames: int) -> list[Action]:
+def _schedule(rng: np.random.Generator, synthetic: Synthetic, num_frames: int) -> list[Action]:
     """Which actions when: at least a second of quiet between two, sometimes much more; all classes equally likely."""
-    fps, actions = composition.fps, []
+    fps, actions = synthetic.fps, []
     deck = [list(MOTIONS)[i] for _ in range(4) for i in rng.permutation(len(MOTIONS))]
     first = int(rng.uniform(1, 5) * fps)
     for motion in deck:
-        last = first + int(rng.uniform(*composition.action_seconds) * fps)
+        last = first + int(rng.uniform(*synthetic.action_seconds) * fps)
         if last + fps > num_frames:
             break
         actions.append(Action(motion, first, last))
@@ -325,29 +313,29 @@ def _join(pieces: list[Track]) -> Track:
     return Track(*(np.concatenate(values) for values in zip(*map(_values, pieces), strict=True)))
 
 
-def _film(composition: Composition, subset: str, number: int) -> tuple[Scene, np.ndarray]:
-    scene = compose_scene(composition, subset, number)
-    rng = np.random.default_rng([composition.seed, len(SUBSETS), number])
-    return scene, render(scene, composition.size, rng)
+def _film(synthetic: Synthetic, subset: str, number: int) -> tuple[Scene, np.ndarray]:
+    scene = build_scene(synthetic, subset, number)
+    rng = np.random.default_rng([synthetic.seed, len(SUBSETS), number])
+    return scene, render(scene, synthetic.size, rng)
 
 
-def _write_one(job: tuple[Composition, str, int, Path]) -> dict:
+def _write_one(job: tuple[Synthetic, str, int, Path]) -> dict:
     """Render and write one video if it is not there; returns its entry in the official JSON form."""
-    composition, subset, number, path = job
+    synthetic, subset, number, path = job
     if path.is_file():
-        scene = compose_scene(composition, subset, number)
+        scene = build_scene(synthetic, subset, number)
     else:
-        scene, frames = _film(composition, subset, number)
-        write_video(path, frames, composition.fps)
+        scene, frames = _film(synthetic, subset, number)
+        write_video(path, frames, synthetic.fps)
     return {
-        "duration": round(scene.num_frames / composition.fps, 4),
+        "duration": round(scene.num_frames / synthetic.fps, 4),
         "subset": subset,
-        "resolution": f"{composition.size}x{composition.size}",
+        "resolution": f"{synthetic.size}x{synthetic.size}",
         "url": "",
         "annotations": [
             {
                 "label": action.motion,
-                "segment": [round(action.first / composition.fps, 4), round(action.last / composition.fps, 4)],
+                "segment": [round(action.first / synthetic.fps, 4), round(action.last / synthetic.fps, 4)],
             }
             for action in scene.actions
         ],

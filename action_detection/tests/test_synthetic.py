@@ -1,4 +1,4 @@
-"""The composed videos: exact boundaries that only the motion shows, disjoint objects, deterministic, really on disk."""
+"""Synthetic videos: exact boundaries that only the motion shows, disjoint objects, deterministic, really on disk."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from action_detection import compose
-from action_detection.compose import Composition, compose_scene, write_contact_sheet, write_dataset
+from action_detection import synthetic
 from action_detection.data import Data, read_annotations
+from action_detection.synthetic import Synthetic, build_scene, write_contact_sheet, write_dataset
 from engine.data.video import probe, read_frames
 from engine.synthetic.motion import MOTIONS
 
-SMALL = Composition(num_training=3, num_validation=2, size=32, seconds=(9.0, 14.0), action_seconds=(1.5, 3.0))
-SCENES = [compose_scene(Composition(), "training", number) for number in range(1, 31)]
+SMALL = Synthetic(num_training=3, num_validation=2, size=32, seconds=(9.0, 14.0), action_seconds=(1.5, 3.0))
+SCENES = [build_scene(Synthetic(), "training", number) for number in range(1, 31)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def written(tmp_path_factory) -> Path:
 def test_the_annotations_are_readable_and_tell_the_files(written):
     annotations = read_annotations(Data(root=written))
     assert annotations.class_names == tuple(sorted(MOTIONS))  # by the label file: five videos have not all of them
-    content = json.loads((written / compose.ANNOTATIONS).read_text())
+    content = json.loads((written / synthetic.ANNOTATIONS).read_text())
     assert [node["nodeName"] for node in content["taxonomy"]] == ["Root", *MOTIONS]
     subsets = [video["subset"] for video in content["database"].values()]
     assert subsets == ["training"] * 3 + ["validation"] * 2
@@ -38,7 +38,7 @@ def test_the_annotations_are_readable_and_tell_the_files(written):
 
 
 def test_what_is_on_disk_is_the_rendered_scene(written):
-    scene, frames = compose._film(SMALL, "training", 2)
+    scene, frames = synthetic._film(SMALL, "training", 2)
     stored = read_frames(written / "videos" / "v_composed0002.mp4", np.arange(0, len(frames), 10))
     assert np.abs(stored.astype(int) - frames[::10]).mean() < 4  # grey values; the codec's loss with noise
     assert len(frames) == scene.num_frames
@@ -57,7 +57,7 @@ def test_actions_are_of_the_promised_length_apart_from_each_other_and_of_all_cla
     assert max(counts.values()) <= 2 * min(counts.values()), counts
 
 
-def speed(thing: compose.Thing) -> np.ndarray:
+def speed(thing: synthetic.Thing) -> np.ndarray:
     """How much an object moves from frame to frame: frame widths, octaves of e and radians together, (n - 1,)."""
     track = thing.track
     parts = (np.diff(track.x), np.diff(track.y), np.diff(np.log(track.radius)), np.diff(track.angle))
@@ -109,10 +109,10 @@ def test_the_segment_in_the_pixels_is_the_annotated_one():
     # The change between frames, noise and light aside, begins and ends with the segment.
     scene = SCENES[0]
     action = scene.actions[0]
-    steady = compose.Scene(
+    steady = synthetic.Scene(
         scene.num_frames, scene.actions, scene.things, scene.backgrounds[:1], np.ones(scene.num_frames), 0.0
     )
-    frames = compose.render(steady, 64, np.random.default_rng(0)).astype(int)
+    frames = synthetic.render(steady, 64, np.random.default_rng(0)).astype(int)
     change = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))  # change[t] leads to frame t + 1
     inside = change[action.first : action.last - 1]
     before = change[action.first - 4 : action.first]
@@ -120,17 +120,17 @@ def test_the_segment_in_the_pixels_is_the_annotated_one():
 
 
 def test_train_and_validation_share_no_object(monkeypatch):
-    drawn, draw_object = {"train": set(), "validation": set()}, compose.draw_object
-    for subset, group in compose.SUBSETS.items():
+    drawn, draw_object = {"train": set(), "validation": set()}, synthetic.draw_object
+    for subset, group in synthetic.SUBSETS.items():
         monkeypatch.setattr(
-            compose,
+            synthetic,
             "draw_object",
             lambda rng, shape, texture, group=group: (
                 drawn[group].add((shape, texture)) or draw_object(rng, shape, texture)
             ),
         )
         for number in range(6):
-            compose_scene(SMALL, subset, number)
+            build_scene(SMALL, subset, number)
     assert len(drawn["train"]) > 10 and drawn["validation"] and not drawn["train"] & drawn["validation"]
 
 
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_files_in_any_number_of_processes_and_anoth
     write_dataset(tmp_path / "again", SMALL, workers=2)
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(written)).read_bytes(), path
-    other = compose_scene(Composition(seed=1), "training", 1)
+    other = build_scene(Synthetic(seed=1), "training", 1)
     assert other.num_frames != SCENES[0].num_frames or other.actions != SCENES[0].actions
 
 
@@ -151,20 +151,20 @@ def test_an_interrupted_set_is_completed_and_what_is_there_is_kept(written, tmp_
     lost = root / "videos" / "v_composed0004.mp4"
     content = lost.read_bytes()
     lost.unlink()
-    (root / compose.ANNOTATIONS).unlink()
-    made, write_video = [], compose.write_video
-    monkeypatch.setattr(compose, "write_video", lambda path, *rest: (made.append(path), write_video(path, *rest)))
+    (root / synthetic.ANNOTATIONS).unlink()
+    made, write_video = [], synthetic.write_video
+    monkeypatch.setattr(synthetic, "write_video", lambda path, *rest: (made.append(path), write_video(path, *rest)))
     done = []
-    assert write_dataset(root, SMALL, workers=1, on_video=lambda: done.append(1))
+    assert write_dataset(root, SMALL, workers=1, on_done=lambda: done.append(1))
     assert made == [lost] and lost.read_bytes() == content and len(done) == 5
-    assert (root / compose.ANNOTATIONS).read_bytes() == (written / compose.ANNOTATIONS).read_bytes()
+    assert (root / synthetic.ANNOTATIONS).read_bytes() == (written / synthetic.ANNOTATIONS).read_bytes()
 
 
 def test_other_data_is_never_overwritten(written, tmp_path):
-    with pytest.raises(ValueError, match="another composed data set"):
-        write_dataset(written, Composition(), workers=1)
-    (tmp_path / compose.ANNOTATIONS).write_text("{}")
-    with pytest.raises(ValueError, match="not composed here"):
+    with pytest.raises(ValueError, match="another synthetic data set"):
+        write_dataset(written, Synthetic(), workers=1)
+    (tmp_path / synthetic.ANNOTATIONS).write_text("{}")
+    with pytest.raises(ValueError, match="not made here"):
         write_dataset(tmp_path, SMALL, workers=1)
 
 
@@ -181,6 +181,6 @@ def test_the_contact_sheet_shows_the_videos_and_a_timeline(tmp_path):
     "wrong",
     [{"size": 63}, {"fps": 2.0}, {"action_seconds": (3.0, 2.0)}, {"seconds": (8.0, 60.0)}, {"seconds": (30.0, 20.0)}],
 )
-def test_impossible_compositions_are_refused(wrong):
+def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Composition(**wrong)
+        Synthetic(**wrong)
