@@ -229,6 +229,7 @@ def _check(options: argparse.Namespace) -> None:
     batch = torch.randn(shape)
     model = find_model(options.model, pretrained=options.pretrained)()
     columns: dict[str, list[str]] = {}
+    of_grid: list[str] = []
     for inversion in INVERSIONS:
         _say(f"computing: {inversion}")
         report = dr2net.convert(model, inversion=inversion)
@@ -237,29 +238,33 @@ def _check(options: argparse.Namespace) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
                 loss = functools.partial(loss_of, precision=options.precision)
-                error = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
+                error, grid = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
                 columns.setdefault(inversion, []).append(error)
+                if inversion == "exact":
+                    of_grid.append(grid)
         dr2net.set_coefficients(model, 1, 0)
         dr2net.deconvert(model)
     _say("")
     print(f"{options.model}, input {options.input}, branches in {options.precision}")
     print(report)
-    print("relative error of the gradient against stored activations:")
+    print("relative error of the gradient against stored activations; grid: of the exact one against stored floats")
     rows = []
     for index, progress in enumerate(progresses):
         alpha, beta = coefficients.at(progress)
-        rows.append((f"{progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", *(columns[name][index] for name in INVERSIONS)))
-    print_table(("progress", "alpha", "beta", *INVERSIONS), rows)
+        errors = [columns[name][index] for name in INVERSIONS]
+        rows.append((f"{progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", *errors, of_grid[index]))
+    print_table(("progress", "alpha", "beta", *INVERSIONS, "grid"), rows)
 
 
-def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> str:
-    """The gradient error as text, or a word where the exact inversion refuses these coefficients."""
+def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> tuple[str, str]:
+    """The two gradient errors as text, or a word where the exact inversion refuses these coefficients."""
     try:
-        return f"{dr2net.gradient_error(model, batch, loss).overall:.1e}"
+        error = dr2net.gradient_error(model, batch, loss)
     except OverflowError:
-        return "overflow"
+        return "overflow", "overflow"
     except FloatingPointError:
-        return "not finite"
+        return "not finite", "not finite"
+    return f"{error.overall:.1e}", "-" if error.grid is None else f"{error.grid:.1e}"
 
 
 def _explained(function: Callable[[Shape], T], name: str) -> Callable[[Shape], T]:

@@ -8,17 +8,25 @@ The streams are integers n_i; the network sees x_i = n_i * grid. With beta = num
 
     inverse:  m = n_i - q_i        n_{i-2} = ceil(m / beta) + r
 
-Why it is exact. (1) q_i is a deterministic function of n_{i-1}, so it is recomputed bitwise, however it was rounded; a
-checksum per channel finds a branch for which this is not so. (2) m = floor(beta n) means n in [m/beta, (m+1)/beta), so
-0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing wraps: every q_i is
-measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <= Q all streams of N
-branches stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's range. (4) Products
-below are of a quotient with its divisor's partner, no larger than the stream, or of two numbers up to 2^11.
+The grid is a tensor of powers of two that broadcasts against the stream, one for each row (`grid.py`), and constant
+over a run of branches.
 
-The integers have the width of the stream's floats: int32 for float32, int64 for float64. The grid is a power of two per
-sample, 2^-17 (float64: 2^-40) of that sample's root mean square at the entry, so scaling by it is exact, a sample's
-result does not depend on its batch, and single values may grow to 8192 times that mean (beta <= 1/2) before an overflow
-is reported. The gradient treats rounding as identity.
+Why it is exact. (1) q_i is a deterministic function of n_{i-1} and the grid, so it is recomputed bitwise, however it
+was rounded; a checksum per channel finds a branch for which this is not so. Both are final before anything is
+computed from them: a grid that the first branch outgrows is replaced, n_0 encoded anew from the floats that entered
+and q_1 computed from that n_0, the one which inversion returns. (2) m = floor(beta n) means n in [m/beta,
+(m+1)/beta), so 0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing
+wraps: every q_i is measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <=
+Q all streams of N branches stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's
+range. All of them are counts of an element's own grid, which it shares with itself two branches ago, so it does not
+matter that elements have different ones; a coarser grid only lowers |n_0|. A magnitude is a float, so it is compared
+with `limit` rounded down to one. (4) Products below are of a quotient with its divisor's partner, no larger than the
+stream, or of two numbers up to 2^11.
+
+The integers have the width of the stream's floats: int32 for float32, int64 for float64. A grid is a power of two, so
+scaling by it is exact, and it depends on its own sample only, so a sample's result does not depend on its batch. The
+gradient treats rounding as identity. Chunks of a branch are rows of F; they are put together before they are
+quantised, so neither they nor the checksum, a sum of integers, know the grid.
 
 Nothing here needs more than a few MiB besides its arguments and results: quantising converts in place, step and inverse
 work on slabs of the flattened streams.
@@ -35,9 +43,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
-PRECISION_BITS = {torch.float32: 17, torch.float64: 40}  # of the root mean square of the entering stream
-EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # a float's exponent bits
+from dr2net.grid import INTEGER
+
+MANTISSA = {torch.float32: 24, torch.float64: 53}  # bits
 DENOMINATOR = 1024  # a float beta is rounded to a multiple of 1/DENOMINATOR; a power of two divides by shifting
 WORD = 32  # bits of the words remainders are packed into
 SLAB = 2**20  # elements handled at a time: temporaries of a few MiB, which a CPU's cache holds
@@ -69,21 +77,16 @@ def limit(beta: Fraction, num_branches: int, dtype: torch.dtype) -> int:
     return int(torch.iinfo(INTEGER[dtype]).max * max(1 - beta, Fraction(2, num_branches + 4))) - 2
 
 
-def encode(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float stream -> (integers, grid, largest magnitude in grid units; NaN where x has one)."""
-    bits = PRECISION_BITS[x.dtype]
-    mean_square = x.detach().flatten(1).square().mean(1) if x.numel() else x.new_ones(len(x))
-    # finite, so that huge values are found to overflow instead of rounding to zero
-    scale = mean_square.clamp(min=1e-20, max=torch.finfo(x.dtype).max).sqrt()
-    power_of_two = (scale.view(INTEGER[x.dtype]) & EXPONENT[x.dtype]).view(x.dtype)  # the mantissa's bits cleared
-    grid = (power_of_two * 2.0**-bits).reshape(len(x), *[1] * (x.dim() - 1))
+def encode(x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Float stream -> (integers, largest magnitude in grid units; NaN where x has one)."""
     scaled = x.detach() / grid
-    return scaled.round_().to(INTEGER[x.dtype]), grid, magnitude(scaled)
+    return scaled.round_().to(INTEGER[x.dtype]), magnitude(scaled)
 
 
 def checked(grid: Tensor, size: Tensor, largest: int) -> Tensor:
     """The grid, or NaN if a magnitude passed its limit: nothing decoded with it can be mistaken for a result."""
-    return torch.where(size <= largest, grid, torch.nan)
+    unit = 2 ** max(0, largest.bit_length() - MANTISSA[size.dtype])  # compared as floats, the limit may not round up
+    return torch.where(size <= largest // unit * unit, grid, torch.nan)
 
 
 def decode(n: Tensor, grid: Tensor) -> Tensor:

@@ -40,11 +40,15 @@ class StatisticsKept:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = modules
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "StatisticsKept":
         norms = [m for m in _modules_with_buffers(self.modules) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.values = [(b, b.clone()) for m in norms if m.training for b in m._buffers.values() if b is not None]
+        return self
 
     def __exit__(self, *_: object) -> None:
+        self.put_back()
+
+    def put_back(self) -> None:
         with torch.no_grad():
             for buffer, value in self.values:
                 buffer.copy_(value)

@@ -13,6 +13,7 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 `exact.py`).
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,6 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, evaluate
+from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, refuse_changed_buffers
 
 
@@ -60,6 +62,7 @@ class Node:
     alpha: float
     beta: float | Fraction
     exact: bool
+    rows: Rows  # of the grid
     largest: int  # magnitude in grid units, see `exact.limit`
     stored: bool  # plain autograd keeps everything
     recording: bool  # False under no_grad: nothing is kept
@@ -106,6 +109,26 @@ class Node:
         with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
             return Recomputed(inputs[0], inputs[1:], self.call(inputs[0], [t.view_as(t) for t in inputs[1:]]))
 
+    def first(
+        self, run: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, n: Tensor, grid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """F_1 of x on its grid, and that stream; where F_1 outgrows the grid, n and grid become coarser, in place.
+
+        `run` gives F_1 and the stream for the decoded n; x is what entered the run of branches, without a graph. A
+        first attempt leaves no trace in random generators and statistics.
+        """
+        states, statistics = rng.record(x), StatisticsKept(self.branch.modules).__enter__()
+        f, stream = run(exact.decode(n, grid))
+        new = coarser(grid, f.detach(), self.rows)
+        if new is not None:
+            del f, stream
+            grid.copy_(new)
+            n.copy_(exact.encode(x, grid)[0])
+            rng.restore(states)
+            statistics.put_back()
+            f, stream = run(exact.decode(n, grid))
+        return f, stream
+
     def refuse_changed_parameters(self) -> None:
         for parameter, version in zip(self.parameters, self.versions, strict=True):
             if parameter._version != version:
@@ -140,8 +163,6 @@ class DualResidual(torch.autograd.Function):
         side = list(tensors[: len(node.tensor_at)])
         own = side if node.own_side else []
         common, node.common_side = node.common_side, []
-        if node.exact and node.index == 0:
-            x = exact.decode(n, grid)  # the caller's x is not on the grid yet
         device = x.device.type
         if torch.amp.is_autocast_available(device):  # off is restored too: backward may be called inside autocast
             node.autocast = {
@@ -152,13 +173,18 @@ class DualResidual(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else the integer stream gets a gradient of zeros, as large as itself
         states = rng.record(x) if node.recording else {}
         buffers = buffer_versions(node.branch.modules)
-        if node.exact and node.recording:
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
             # under grad, like the recomputation, because other kernels may be chosen without; the graph is dropped at
             # once
-            with torch.enable_grad():
-                f = node.call(x.detach().requires_grad_(ctx.needs_input_grad[1]), side).detach()
+            graph = node.exact and node.recording
+            with torch.set_grad_enabled(graph):
+                return node.call(x.detach().requires_grad_(graph and ctx.needs_input_grad[1]), side).detach(), x
+
+        if node.exact and node.index == 0:
+            f, x = node.first(run, x.detach(), n, grid)  # the caller's x is not on the grid yet
         else:
-            f = node.call(x.detach(), side)
+            f, x = run(x)
         refuse_changed_buffers(node.name, buffers)
         if node.recording:
             node.random = rng.drawn(states, x)

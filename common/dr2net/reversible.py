@@ -30,6 +30,7 @@ from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
+from dr2net.grid import PRECISION_BITS, Rows, grid_of, rows_of
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 from dr2net.patches import CONVERT_AGAIN, refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
 
@@ -115,15 +116,17 @@ class Pass:
 
     def _start(self, index: int, x: Tensor) -> None:
         sequence = self.sequence
-        self.length = sum(map(len, self.branches[index : self.end]))
+        run = [branch for branches in self.branches[index : self.end] for branch in branches]
+        self.length = len(run)
         self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
         self.x = self.previous = x if x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
-        self.exact, self.largest = sequence.inversion == "exact", 0
+        self.exact, self.largest, self.rows = sequence.inversion == "exact", 0, Rows()
         self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
+        sequence.computed_in = computed_in
         self.every = self.length
         if self.beta == 0:
             self.every = 1
@@ -141,7 +144,9 @@ class Pass:
                 )
         if self.exact:
             self.largest = exact.limit(self.beta, self.length, self.x.dtype)
-            self.n, grid, size = exact.encode(self.x)
+            self.rows = rows_of(run, self.x, self.largest)
+            grid = grid_of(self.x, self.rows)
+            self.n, size = exact.encode(self.x, grid)
             self.grid = exact.checked(grid, size, self.largest)
             self.n_previous = self.n
             self.sizes.append(("the input", size))
@@ -165,6 +170,7 @@ class Pass:
             alpha=self.sequence.alpha if branch.residual else 0.0,
             beta=self.beta,
             exact=self.exact,
+            rows=self.rows,
             largest=self.largest,
             stored=self.sequence.store,
             recording=torch.is_grad_enabled() and differentiable and not self.sequence.store,
@@ -199,12 +205,18 @@ class Pass:
         x, previous = self.x, self.previous
         if node.index == 0:
             previous = x.view_as(x)
-            if self.exact:
-                x = exact.decode(self.n, self.grid) + (x - x.detach())
-        x = x.view_as(x)  # with the view above: gradients are summed in the order in which nodes return theirs
+        if node.exact and node.index == 0:
+
+            def run(on_grid: Tensor) -> tuple[Tensor, Tensor]:
+                x = (on_grid + (self.x - self.x.detach())).view_as(on_grid)
+                return node.call(x, side), x
+
+            f, x = node.first(run, x.detach(), self.n, self.grid)
+        else:
+            x = x.view_as(x)  # with the view above: gradients are summed in the order in which nodes return theirs
+            f = node.call(x, side)
         if not self.exact:
-            return coupling.step(node.call(x, side), x, previous, node.alpha, node.beta)
-        f = node.call(x, side)
+            return coupling.step(f, x, previous, node.alpha, node.beta)
         smooth = coupling.step(f, x, previous, node.alpha, float(node.beta))
         q, size = exact.quantise(f.detach(), x.detach(), node.alpha, self.grid)
         n, _ = exact.step(q, self.n_previous, node.beta, keep=False)
@@ -213,19 +225,31 @@ class Pass:
 
     def _finish(self) -> None:
         """Let go of the streams, then look for an overflow: once per pass, since looking waits for the device."""
-        sizes, length, largest = self.sizes, self.length, self.largest
+        sizes = self.sizes
         self.x = self.previous = self.n = self.n_previous = self.grid = self.side = None
         if not sizes or isinstance(sizes[0][1], FakeTensor):
             return
         for (name, _), size in zip(sizes, torch.stack([size for _, size in sizes]).tolist(), strict=True):
             if not math.isfinite(size):
                 raise FloatingPointError(f"{name} of a reversible sequence is not finite (NaN or infinite)")
-            if size > largest:
-                raise OverflowError(
-                    f"{name} of a reversible sequence reached {size:.3g} grid units, more than the {largest:.3g} that "
-                    f"{length} branches allow at (alpha, beta) = ({self.sequence.alpha:.4g}, {float(self.beta):.4g}); "
-                    "choose alpha + beta <= 1, or convert with inversion='anchored'"
-                )
+            if size > self.largest:
+                raise OverflowError(self._overflow(name, size))
+
+    def _overflow(self, name: str, size: float) -> str:
+        alpha, beta = float(self.sequence.alpha), float(self.beta)
+        scale = 2 ** PRECISION_BITS[torch.float64 if self.dtype == torch.float64 else torch.float32]
+        if alpha + beta > 1:
+            remedy = f"choose alpha + beta <= 1, not {alpha + beta:.4g}: a stream grows from branch to branch"
+        else:
+            remedy = (
+                "what enters is so weak against what the branches add that no integer holds both: enlarge it (queries "
+                "or latents that start near zero, their norm or their initialization), leave the first blocks out"
+            )
+        return (
+            f"{name} of a reversible sequence reached {size / scale:.3g} times the scale of what entered the sequence, "
+            f"more than the {self.largest / scale:.3g} that {self.length} branches allow at (alpha, beta) = "
+            f"({alpha:.4g}, {beta:.4g}); {remedy}, or convert with inversion='anchored'"
+        )
 
 
 def _likely_cause() -> str:

@@ -37,14 +37,15 @@ def replay(states: States | None, like: Tensor) -> Iterator[None]:
         yield
         return
     now = record(like)
-    _restore(states)
+    restore(states)
     try:
         yield
     finally:
-        _restore(now)
+        restore(now)
 
 
-def _restore(states: States) -> None:
+def restore(states: States) -> None:
+    """Put the generators at `states`."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)

@@ -40,7 +40,7 @@ class ReversibleSequence(nn.Module):
     x: (B, ...) with at least two dimensions. Blocks without branches run as they are; the reversible blocks between two
     of them are one run. alpha and beta are set by `dr2net.set_coefficients` or a `dr2net.Schedule`, and are (1, 0) at
     first. `ran` is the number of branches that ran in the last pass, 0 before the first: if it stays below
-    `num_branches()`, the model does not call its blocks.
+    `num_branches()`, the model does not call its blocks. `computed_in` is the dtype they computed in.
     """
 
     container_type: type[nn.Module]  # the class that the container had
@@ -55,6 +55,7 @@ class ReversibleSequence(nn.Module):
         self.place = place  # name in the model
         self.coefficients = Coefficients()
         self.ran = 0
+        self.computed_in = torch.float32
         self.returns: dict[str, Returned | None] = {}
         for block in self._modules.values():
             if find_branches(block)[0]:
@@ -159,7 +160,8 @@ class ReversibleSequence(nn.Module):
         )
 
 
-STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "ran", "returns")
+STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
+STATE += ("ran", "computed_in")  # in the last pass
 
 
 def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:

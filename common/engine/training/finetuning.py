@@ -92,11 +92,12 @@ def check_gradient(
     Above `finetuning.options.tolerance` it warns, or raises FloatingPointError if `stop_above_tolerance`.
     """
     set_mode(model, finetuning)
-    error = dr2net.gradient_error(model, batch, lambda m, b: sum(m.losses(m(b), b).values())).overall
+    found = dr2net.gradient_error(model, batch, lambda m, b: sum(m.losses(m(b), b).values()))
+    error, grid = found.overall, "" if found.grid is None else f", cost of the grid {found.grid:.1e}"
     where = f"epoch {epoch}, alpha {state.alpha:g}, beta {state.beta:g}"
     tolerance = finetuning.options.tolerance
     log.draw({"check/gradient_error": error}, state.step)
-    log.note(f"gradient check: {where}: relative error {error:.1e}")
+    log.note(f"gradient check: {where}: relative error {error:.1e}{grid}")
     if not error <= tolerance:  # also for NaN
         text = (
             f"gradient error {error:.1e} is above the tolerance {tolerance:g} ({where}): the backbone trains on noise. "
