@@ -11,6 +11,7 @@ import torch
 from toy_task.model import Toy
 from toy_training import loaders_of, toy_config, train
 
+from engine import rows
 from engine.data.fingerprint import Files, inputs_of
 from engine.records import origin, provenance
 from engine.records import record as results
@@ -160,6 +161,21 @@ def test_a_state_that_is_not_of_a_run_is_named(tmp_path, changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match="not the checkpoint of a run|checkpoint format None|trained with other"):
         train(config)
+
+
+def test_reproducing_skips_a_row_only_while_code_and_data_are_those_of_its_record(tmp_path, code):
+    code("before")
+    root = tmp_path / "data"
+    root.mkdir()
+    config = toy_config(tmp_path, {"data": {"root": root}})
+    train(config)
+    assert rows._finished("toy_task", config)
+    (root / "labels.json").write_text(json.dumps([k % 2 for k in range(32)]))
+    assert not rows._finished("toy_task", config)
+    (root / "labels.json").unlink()
+    assert rows._finished("toy_task", config)
+    code("after")
+    assert not rows._finished("toy_task", config)
 
 
 class Fed:
