@@ -217,6 +217,38 @@ def test_a_block_answers_in_the_form_in_which_it_answered(form: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_block_that_looks_at_its_numbers_answers_in_its_form_too(batch_norm: bool) -> None:
+    class Looking(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5) if batch_norm else nn.Identity()
+
+        def branch(self, x: Tensor) -> Tensor:
+            return self.gamma * torch.dropout(self.norm(self.linear(x)), 0.5, True)
+
+        def forward(self, x: Tensor) -> tuple:
+            assert x.abs().max() < 1e9
+            return x + self.branch(x), None
+
+    @dr2net.branches_of.register
+    def _(block: Looking):
+        return (dr2net.Branch("only", block.branch, (block.linear, block.norm, block.gamma)),)
+
+    model, x = nn.ModuleList(Looking() for _ in range(2)).double(), build_input()
+    plain = copy.deepcopy(model)
+    dr2net.convert(model, inversion="float")
+    outputs = []
+    for net in (plain, model):
+        torch.manual_seed(0)
+        h = x
+        for block in net:
+            h, _ = block(h)
+        outputs.append(h)
+    assert torch.equal(*outputs) and model.ran == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+
+
 def test_a_block_that_returns_two_tensors_is_refused() -> None:
     model = nn.ModuleList([Scaled("two tensors")]).double()
     dr2net.convert(model)
