@@ -31,8 +31,8 @@ class Data(engine_config.Data):
     num_classes: Count = 10  # must be what the annotation file has
     train_subset: str = "training"
     test_subset: str = "validation"
-    num_steps: Count = 48  # N, the feature grid of a window
-    frames_per_step: Count = 2  # T = num_steps * frames_per_step frames are decoded
+    num_times: Count = 48  # N, the feature grid of a window: a time is a cell of it
+    frames_per_time: Count = 2  # T = num_times * frames_per_time frames are decoded
     image_size: Count = 56  # H = W
     windows: Literal["whole", "sliding"] = "sliding"  # a window is the whole video, or a piece of it at `fps`
     fps: Positive = 6.0  # sliding: frames per second that the network sees
@@ -51,7 +51,7 @@ class Data(engine_config.Data):
     @property
     def num_frames(self) -> int:
         """T of a window."""
-        return self.num_steps * self.frames_per_step
+        return self.num_times * self.frames_per_time
 
 
 UNTRIMMED = Data(cache_gib=1.0)
@@ -59,8 +59,8 @@ ACTIVITYNET = Data(
     kind="activitynet",
     root=Path("data/activitynet"),
     num_classes=200,
-    num_steps=192,
-    frames_per_step=4,
+    num_times=192,
+    frames_per_time=4,
     image_size=224,
     windows="whole",
     crop_scale=(0.8, 1.0),
@@ -72,8 +72,8 @@ THUMOS = Data(
     num_classes=20,
     train_subset="training",
     test_subset="validation",
-    num_steps=512,
-    frames_per_step=2,
+    num_times=512,
+    frames_per_time=2,
     image_size=224,
     windows="sliding",
     fps=15.0,
@@ -93,7 +93,7 @@ class Model(Settings):
     head: Literal["actionformer", "vsgn"] = "actionformer"
     width: Count = 128  # channels of the head
     num_levels: Count = 4  # of the pyramid, each half as long as the one before
-    attention_span: Count | None = 9  # steps that local attention sees (actionformer), odd; None: all of them
+    attention_span: Count | None = 9  # times that local attention sees (actionformer), odd; None: all of them
     position_embedding: bool = False  # absolute, sinusoidal, after the projection (actionformer)
     head_drop_path: Share = 0.0
     label_smoothing: Share = 0.0
@@ -170,8 +170,8 @@ def anet_swint(method: Method) -> Config:
 
     torchrun --nproc-per-node 4 -m action_detection.train anet_swint_dr2net
     Published (OpenTAD, with CUHK's video-level class scores): 36.89 average mAP plain, 36.47 with Re2TAL. Drop path is
-    .1, for reversible methods .2, as there. Not as there: losses are normalised per video, not by a running mean; no
-    photometric augmentation but colour jitter; the learning rate of the head is not lowered for its norms.
+    .1, for reversible methods .2, as there. Not as there: losses are normalized per video, not by a running mean; no
+    photometric augmentation but color jitter; the learning rate of the head is not lowered for its norms.
     """
     return Config(
         preset="paper",

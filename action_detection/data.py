@@ -1,18 +1,18 @@
-"""Untrimmed videos in their official layouts, cut into windows; the loaders of a run.
+"""Untrimmed videos in their official layouts, cut into windows.
 
-    loaders = build_loaders(config)            # loaders.train: one random window per video; loaders.val: all windows
-    loader = build_test_loader(config)         # all windows of the test subset, those of a video one after the other
+    build_dataset(config, "train")     # one random window per video
+    build_dataset(config, "test")      # all windows of the test subset, those of a video one after the other
 
-A window has N steps of `frames_per_step` frames; step i covers [i, i + 1), seconds = start + steps * seconds_per_step.
+A window has N times of `frames_per_time` frames; time i covers [i, i + 1), seconds = start + times * seconds_per_time.
 A batch, in training and evaluation alike:
 
-    video (B, 3, T, H, W) float32, normalised, zero where there is no frame    mask (B, N) bool, True where there is one
-    segments: B tensors (M, 2) in steps, inside the window    labels: B tensors (M,) long, indices of the class names
-    name: list[str]    window (B,) long    start, seconds_per_step, duration (B,) float32 seconds    skipped: list[str]
+    video (B, 3, T, H, W) float32, normalized, zero where there is no frame    mask (B, N) bool, True where there is one
+    segments: B tensors (M, 2) in times, inside the window    labels: B tensors (M,) long, indices of the class names
+    name: list[str]    window (B,) long    start, seconds_per_time, duration (B,) float32 seconds    skipped: list[str]
 
-A sample is a pure function of its key (index, draw). Frames are taken by presentation time, so a variable frame rate
-changes nothing, and only those of the window are decoded. Not here: decoding and pixel
-operations (`engine.data`), the metric (evaluate.py).
+A sample is a pure function of its key (index, sample seed). Frames are taken by presentation time, so a variable frame
+rate changes nothing, and only those of the window are decoded. Not here: decoding and pixel operations (`engine.data`),
+the metric (evaluate.py).
 """
 
 import math
@@ -112,7 +112,7 @@ def find_files(data: Data, names: list[str]) -> tuple[dict[str, str], list[str]]
 
 
 class Windows:
-    """Samples by key (index, draw). Training: a random window of video `index`; else window `index` of all videos.
+    """Samples by (index, sample seed). Training: a random window of video `index`; else window `index` of all videos.
 
     videos: by name; paths: of those among them that are used, at least one.
     """
@@ -137,13 +137,13 @@ class Windows:
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """The sample, or with on_broken="skip" one of the next usable video instead of an unusable one."""
-        index, draw = key
+        index, sample_seed = key
         data, (first, number) = self.data, self.items[index]
 
         def read(i: int) -> dict[str, Any]:
             name, window = self.names[i], number if i == first else 0
             sample = read_window(
-                data, self.paths[name], self.videos[name], window, draw if self.train else None, self.cache
+                data, self.paths[name], self.videos[name], window, sample_seed if self.train else None, self.cache
             )
             return sample | {"name": name, "window": window}
 
@@ -187,15 +187,15 @@ def random_start(data: Data, video: Video, rng: np.random.Generator) -> float:
 
 
 def read_window(
-    data: Data, path: str, video: Video, number: int, draw: int | None, cache: FrameCache | None = None
+    data: Data, path: str, video: Video, number: int, sample_seed: int | None, cache: FrameCache | None = None
 ) -> dict[str, Any]:
-    """One sample but for its name: with `draw` a random window, augmented; else window `number`, centre crop.
+    """One sample but for its name: with `sample_seed` a random window, augmented; else window `number`, center crop.
 
     The file is opened here, in the worker, and closed again. Raises FileNotFoundError or BrokenVideo.
     """
     cache = cache or FrameCache(0)
     info = cache.probe(path)
-    rng = None if draw is None else np.random.default_rng([draw, 0])
+    rng = None if sample_seed is None else np.random.default_rng([sample_seed, 0])
     start = random_start(data, video, rng) if rng is not None else window_starts(data, video.duration)[number]
     length = window_seconds(data, info.seconds)
     # A file shorter than annotated: the window lies in what there is.
@@ -203,20 +203,20 @@ def read_window(
     times = start + (np.arange(data.num_frames) + 0.5) * (length / data.num_frames)
     num_real = max(int((times < info.seconds).sum()), 1)
     indices = np.searchsorted(info.timestamps, times[:num_real] + ON_SCREEN, side="right") - 1
-    clip = _read_pixels(data, path, indices, draw, cache, info.height * info.width * 3)
+    clip = _read_pixels(data, path, indices, sample_seed, cache, info.height * info.width * 3)
     frames = torch.zeros(3, data.num_frames, data.image_size, data.image_size)
-    frames[:, :num_real] = transforms.normalise(clip, data.mean, data.std)
-    seconds_per_step = length / data.num_steps
+    frames[:, :num_real] = transforms.normalize(clip, data.mean, data.std)
+    seconds_per_time = length / data.num_times
     segments, labels = visible_instances(
-        video, start, num_real * seconds_per_step / data.frames_per_step, data.min_overlap
+        video, start, num_real * seconds_per_time / data.frames_per_time, data.min_overlap
     )
     return {
         "video": frames,
-        "mask": torch.arange(data.num_steps) * data.frames_per_step < num_real,
-        "segments": ((segments - start) / seconds_per_step).float(),
+        "mask": torch.arange(data.num_times) * data.frames_per_time < num_real,
+        "segments": ((segments - start) / seconds_per_time).float(),
         "labels": labels,
         "start": start,
-        "seconds_per_step": seconds_per_step,
+        "seconds_per_time": seconds_per_time,
         "duration": video.duration,
     }
 
@@ -236,21 +236,21 @@ def visible_instances(video: Video, start: float, length: float, min_overlap: fl
 
 
 def _read_pixels(
-    data: Data, path: str, indices: np.ndarray, draw: int | None, cache: FrameCache, frame_bytes: int
+    data: Data, path: str, indices: np.ndarray, sample_seed: int | None, cache: FrameCache, frame_bytes: int
 ) -> Tensor:
     """Frames cropped and resized, uint8 (T, 3, S, S); decoded in pieces, so that few are in memory at full size."""
     size, pieces = data.image_size, []
     for part in np.array_split(indices, -(-len(indices) * frame_bytes // MAX_CHUNK_BYTES)):
         clip = torch.from_numpy(cache.read_frames(path, part)).permute(0, 3, 1, 2)
-        if draw is None:
+        if sample_seed is None:
             pieces.append(transforms.view_crop(clip, size, 0, 1))
         else:  # one crop for the whole window: each piece draws it anew from the same generator
-            crop = np.random.default_rng([draw, 1])
+            crop = np.random.default_rng([sample_seed, 1])
             pieces.append(transforms.random_resized_crop(clip, size, data.crop_scale, crop))
     clip = torch.cat(pieces)
-    if draw is None:
+    if sample_seed is None:
         return clip
-    rng = np.random.default_rng([draw, 2])
+    rng = np.random.default_rng([sample_seed, 2])
     if data.flip and rng.random() < 0.5:
         clip = clip.flip(-1)
     return transforms.color_jitter(clip, data.color_jitter, rng)
@@ -266,7 +266,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "name": [sample["name"] for sample in samples],
         "window": torch.tensor([sample["window"] for sample in samples]),
         "start": torch.tensor([sample["start"] for sample in samples], dtype=torch.float32),
-        "seconds_per_step": torch.tensor([sample["seconds_per_step"] for sample in samples], dtype=torch.float32),
+        "seconds_per_time": torch.tensor([sample["seconds_per_time"] for sample in samples], dtype=torch.float32),
         "duration": torch.tensor([sample["duration"] for sample in samples], dtype=torch.float32),
         "skipped": [name for sample in samples for name in sample["skipped"]],
     }

@@ -1,16 +1,16 @@
-"""ActionFormer's head: features of a window's steps to classes and boundaries at every moment of a temporal pyramid.
+"""ActionFormer's head: features of a window's times to classes and boundaries at every moment of a temporal pyramid.
 
     projection      2 x (convolution, LayerNorm, ReLU), then 2 transformer blocks at full length        level 0
     pyramid         one block per further level; its depthwise convolutions have stride 2               level l
     towers          2 x (convolution, LayerNorm, ReLU), convolution; the same weights at every level
-    points          point j of level l is at step j 2^l + 0.5; classes p, distances d >= 0 to start and end in units 2^l
+    points          point j of level l is at time j 2^l + 0.5; classes p, distances d >= 0 to start and end in units 2^l
     loss            sum of focal(p, target) / positives + DIoU(d, target) over the positives / positives     per window
 
-A point is positive for an action in which it lies, not further than radius 2^l from its centre, if the further of the
+A point is positive for an action in which it lies, not further than radius 2^l from its center, if the further of the
 two boundaries is 4 2^(l-1) <= distance < 4 2^l away (from 0 at the first level, without limit at the last); of several
 actions the shortest one counts. Written from the paper (Zhang, Wu, Li, "ActionFormer", arXiv 2202.07925) and the
-settings of its release. Unlike there, losses are normalised by the window's own positives, so that nothing depends on
-how a batch is split. Padded steps change no output at real ones. Not here: suppression of duplicates (`ops.py`).
+settings of its release. Unlike there, losses are normalized by the window's own positives, so that nothing depends on
+how a batch is split. Padded times change no output at real ones. Not here: suppression of duplicates (`ops.py`).
 """
 
 import math
@@ -23,7 +23,7 @@ from torchvision.ops import sigmoid_focal_loss, stochastic_depth
 
 from action_detection.ops import Window
 
-FIRST_RANGE = 4.0  # steps: level 0 finds boundaries nearer than this, each further level twice as far
+FIRST_RANGE = 4.0  # times: level 0 finds boundaries nearer than this, each further level twice as far
 
 
 class Settings(Protocol):
@@ -37,7 +37,7 @@ class ActionFormerHead(nn.Module):
     """Features (B, C, N), mask (B, N) -> {"logits" (B, P, K), "offsets" (B, P, 2), "points" (P, 4), "mask" (B, P)}.
 
     offsets: distances to start and end, >= 0, in strides. points: position, low and high end of the regression range,
-    stride, all in steps. P is the sum of the levels' lengths, ceil(N / 2^l). With one class the labels of a batch are
+    stride, all in times. P is the sum of the levels' lengths, ceil(N / 2^l). With one class the labels of a batch are
     not read: every action is class 0.
     """
 
@@ -64,7 +64,7 @@ class ActionFormerHead(nn.Module):
                 f"a head of width {width} does not split into {num_heads} attention heads: make it a multiple"
             )
         if window < 0 or (window > 0 and window % 2 == 0):
-            raise ValueError(f"attention window {window} has no middle step: make it odd, or 0 for all steps")
+            raise ValueError(f"attention window {window} has no middle time: make it odd, or 0 for all times")
         if num_levels < 1:
             raise ValueError(f"a pyramid of {num_levels} levels: make it at least 1")
         self.num_classes, self.num_levels, self.radius = num_classes, num_levels, radius
@@ -144,7 +144,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNormReLU(nn.Module):
-    """Convolution over 3 steps, LayerNorm, ReLU; padded steps, which must be zero, stay zero."""
+    """Convolution over 3 times, LayerNorm, ReLU; padded times, which must be zero, stay zero."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class ConvNormReLU(nn.Module):
 
 
 class Tower(nn.Module):
-    """(B, C, N) -> (B, out, N) through `num_layers` convolutions. Values at padded steps mean nothing."""
+    """(B, C, N) -> (B, out, N) through `num_layers` convolutions. Values at padded times mean nothing."""
 
     def __init__(self, width: int, out: int, *, num_layers: int = 3) -> None:
         super().__init__()
@@ -173,8 +173,8 @@ class Tower(nn.Module):
 class Block(nn.Module):
     """x = pool(x) + a Attention(LN(x)); x = x + b MLP(LN(x)), a and b per channel and small at first.
 
-    Query, key and value each pass a depthwise convolution over 3 steps, which also tells attention where things are.
-    With stride 2 these convolutions and the pool (a maximum over 3 steps) halve the length, N to ceil(N / 2).
+    Query, key and value each pass a depthwise convolution over 3 times, which also tells attention where things are.
+    With stride 2 these convolutions and the pool (a maximum over 3 times) halve the length, N to ceil(N / 2).
     """
 
     def __init__(self, width: int, num_heads: int, window: int, drop_path: float, *, stride: int = 1) -> None:
@@ -191,7 +191,7 @@ class Block(nn.Module):
         self.scale1, self.scale2 = (nn.Parameter(torch.full((width,), 1e-4)) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: (B, C, N), zero at padded steps; mask: (B, N), before the stride. So is the result, (B, C, N / stride)."""
+        """x: (B, C, N), zero at padded times; mask: (B, N), before the stride. So is the result, (B, C, N / stride)."""
         y = self.norm1(x) * mask[:, None]
         if self.stride > 1:
             x = F.max_pool1d(x.masked_fill(~mask[:, None], -torch.inf), 3, stride=self.stride, padding=1)
@@ -208,43 +208,43 @@ class Block(nn.Module):
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, window: int) -> Tensor:
-    """Each step attends to the real ones among the `window` steps around it; window 0: to all real ones.
+    """Each time attends to the real ones among the `window` times around it; window 0: to all real ones.
 
-    query, key, value: (B, heads, N, D); mask: (B, N). Returns (B, heads, N, D), finite also at padded steps. The
+    query, key, value: (B, heads, N, D); mask: (B, N). Returns (B, heads, N, D), finite also at padded times. The
     sequence is cut into pieces of `window` queries, each with the keys it can reach: memory is N x 2 window, not N x N.
     """
-    num_steps, reach = query.shape[2], window // 2
-    if window == 0 or reach >= num_steps - 1:
+    num_times, reach = query.shape[2], window // 2
+    if window == 0 or reach >= num_times - 1:
         itself = torch.eye(
-            num_steps, dtype=torch.bool, device=mask.device
-        )  # a padded step sees itself: softmax of something
+            num_times, dtype=torch.bool, device=mask.device
+        )  # a padded time sees itself: softmax of something
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :] | itself)
-    num_pieces, num_keys = -(-num_steps // window), window + 2 * reach
-    left, right = reach, reach + num_pieces * window - num_steps
+    num_pieces, num_keys = -(-num_times // window), window + 2 * reach
+    left, right = reach, reach + num_pieces * window - num_times
 
     def pieces(x: Tensor) -> Tensor:  # (B, heads, N, D) -> (B * pieces, heads, keys, D)
         x = F.pad(x, (0, 0, left, right)).unfold(2, num_keys, window)
         return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
 
     real = F.pad(mask, (left, right)).unfold(1, num_keys, window).flatten(0, 1)[:, None, None, :]
-    steps = torch.arange(num_keys, device=mask.device)
-    apart = steps[None, :] - steps[:window, None]  # of query i and key j; the query itself is key i + reach
+    times = torch.arange(num_keys, device=mask.device)
+    apart = times[None, :] - times[:window, None]  # of query i and key j; the query itself is key i + reach
     allowed = ((apart >= 0) & (apart <= 2 * reach) & real) | (apart == reach)
     queries = F.pad(query, (0, 0, 0, right - reach)).unflatten(2, (num_pieces, window)).transpose(1, 2).flatten(0, 1)
     y = F.scaled_dot_product_attention(queries, pieces(key), pieces(value), attn_mask=allowed)
-    return y.unflatten(0, (-1, num_pieces)).transpose(1, 2).flatten(2, 3)[:, :, :num_steps]
+    return y.unflatten(0, (-1, num_pieces)).transpose(1, 2).flatten(2, 3)[:, :, :num_times]
 
 
-def sinusoids(width: int, num_steps: int, device: torch.device) -> Tensor:
+def sinusoids(width: int, num_times: int, device: torch.device) -> Tensor:
     """(C, N): the usual sines and cosines of the position, over sqrt(C) so that they do not drown the features."""
-    position = torch.arange(num_steps, device=device, dtype=torch.float32)
+    position = torch.arange(num_times, device=device, dtype=torch.float32)
     rate = 10000 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angle = rate[:, None] * position
     return torch.stack([angle.sin(), angle.cos()], dim=1).flatten(0, 1)[:width] / math.sqrt(width)
 
 
 def pyramid_points(lengths: list[int], device: torch.device) -> Tensor:
-    """(P, 4): position, low and high end of the regression range, stride, in steps; level after level."""
+    """(P, 4): position, low and high end of the regression range, stride, in times; level after level."""
     levels = []
     for level, length in enumerate(lengths):
         stride = float(2**level)
@@ -260,7 +260,7 @@ def assign_points(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Targets of each point: classes (P, K) float, distances to start and end in strides (P, 2), positive (P,) bool.
 
-    points: as in the outputs; segments: (M, 2) in steps; labels: (M,). A point takes the shortest action of those whose
+    points: as in the outputs; segments: (M, 2) in times; labels: (M,). A point takes the shortest action of those whose
     rule it meets (see above); of equally short ones (to 1e-3) it takes all classes and the boundaries of the first.
     Distances of a point that is not positive are one stride.
     """
@@ -288,7 +288,7 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25) -> Tensor:
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - IoU + (distance of the centres / length of the hull)^2, for segments given as distances from one point.
+    """1 - IoU + (distance of the centers / length of the hull)^2, for segments given as distances from one point.
 
     predicted, target: (..., 2) distances to start and end, >= 0. Returns (...). Finite for segments without length.
     """
@@ -300,14 +300,14 @@ def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def to_windows(segments: Tensor, scores: Tensor, batch: dict, settings: Settings) -> list[Window]:
-    """segments (B, P, 2) in steps, scores (B, P, K) in [0, 1] -> a `Window` per sample, best first, on the CPU.
+    """segments (B, P, 2) in times, scores (B, P, K) in [0, 1] -> a `Window` per sample, best first, on the CPU.
 
     Cut to [0, duration]; what has no length is dropped.
     """
     windows = []
     num_classes = scores.shape[2]
     for i, name in enumerate(batch["name"]):
-        seconds = batch["start"][i] + segments[i] * batch["seconds_per_step"][i]
+        seconds = batch["start"][i] + segments[i] * batch["seconds_per_time"][i]
         seconds = seconds.clamp(min=0).minimum(batch["duration"][i])
         valid = (scores[i] > settings.min_score) & (seconds[:, 1] > seconds[:, 0])[:, None]
         score = torch.where(valid, scores[i], 0).flatten()

@@ -1,6 +1,6 @@
 """A video backbone and a detection head: model(batch) -> the head's outputs, a dict of tensors.
 
-    model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalised; batch["mask"]: (B, N)
+    model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalized; batch["mask"]: (B, N)
 
 `model.backbone` is what a finetuning method applies to; `model.head.detect` turns outputs into candidates. Not here:
 schedules, precision, suppression of duplicates.
@@ -28,9 +28,9 @@ class ActionDetector(Model):
 
     def forward(self, batch: Batch) -> dict[str, Any]:
         features = self.backbone(batch["video"]).mean(dim=(3, 4))  # (B, C, T')
-        num_steps = batch["mask"].shape[1]
-        if features.shape[2] != num_steps:
-            features = F.interpolate(features, size=num_steps, mode="linear", align_corners=False)
+        num_times = batch["mask"].shape[1]
+        if features.shape[2] != num_times:
+            features = F.interpolate(features, size=num_times, mode="linear", align_corners=False)
         return self.head(features, batch["mask"])
 
     def losses(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
@@ -78,16 +78,16 @@ def build_head(config: Config, in_width: int) -> nn.Module:
 def example_batch(config: Config) -> Batch:
     """A batch of the shapes of one forward in training; to be called under fake tensors, where it takes no memory."""
     data, num_windows = config.data, config.run.micro_batch
-    length = float(data.num_steps)
+    length = float(data.num_times)
     return {
         "video": torch.zeros(num_windows, 3, data.num_frames, data.image_size, data.image_size),
-        "mask": torch.ones(num_windows, data.num_steps, dtype=torch.bool),
+        "mask": torch.ones(num_windows, data.num_times, dtype=torch.bool),
         "segments": [torch.tensor([[0.1, 0.3], [0.5, 0.9]]) * length for _ in range(num_windows)],
         "labels": [torch.tensor([0, data.num_classes - 1]) for _ in range(num_windows)],
         "name": [f"example_{i}" for i in range(num_windows)],
         "window": torch.zeros(num_windows, dtype=torch.long),
         "start": torch.zeros(num_windows),
-        "seconds_per_step": torch.ones(num_windows),
+        "seconds_per_time": torch.ones(num_windows),
         "duration": torch.full((num_windows,), length),
         "skipped": [],
     }

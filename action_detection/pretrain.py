@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from action_detection.configs import SMALL_WEIGHTS, untrimmed_small
 from engine.backbones.video_swin import PATCH, VideoSwin, build_video_swin
-from engine.data.transforms import normalise
+from engine.data.transforms import normalize
 from engine.synthetic.clips import Clips, draw_clips, whiten_embedding
 from engine.synthetic.motion import MOTIONS, render_clip
 from engine.synthetic.sprites import Group
@@ -121,7 +121,7 @@ def targets_of(clips: Clips) -> Targets:
 
 
 def render_strips(numbers: list[int], num_frames: int, size: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Motion clips one after the other: video (B, 3, T, size, size), normalised, and class (B, T / 2) per time step.
+    """Motion clips one after the other: video (B, 3, T, size, size), normalized, and class (B, T / 2) per time step.
 
     numbers: the keys of the strips, whose pure function they are.
     """
@@ -138,7 +138,7 @@ def render_strips(numbers: list[int], num_frames: int, size: int, group: Group) 
             frames.append(clip[skip:])
             classes += [motion] * (length - skip)
         video = torch.from_numpy(np.concatenate(frames)[:num_frames]).permute(0, 3, 1, 2)
-        videos.append(normalise(video, data.mean, data.std))
+        videos.append(normalize(video, data.mean, data.std))
         first, second = torch.tensor(classes[:num_frames]).view(-1, 2).unbind(1)
         labels.append(torch.where(first == second, first, IGNORED))
     return torch.stack(videos), torch.stack(labels)

@@ -28,7 +28,7 @@ VERSION = 1  # raise it when a change of the renderer changes the files
 ANNOTATIONS = "activity_net.v1-3.min.json"  # written last: its presence says that the data set is complete
 VIDEO_FOLDER = "videos"
 SUBSETS: dict[str, Group] = {"training": "train", "validation": "validation"}
-INSIDE = (0.12, 0.88)  # where the centre of an object may get, in units of the frame
+INSIDE = (0.12, 0.88)  # where the center of an object may get, in units of the frame
 RADII = (0.12, 0.4)  # its radius, likewise
 
 

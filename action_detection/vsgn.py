@@ -1,12 +1,12 @@
 """VSGN's head: a pyramid of temporal graphs, anchors on every scale, boundaries adjusted and scored on their own.
 
-    encoder     level l: x = pool(ReLU(conv(x) + graph(x))), half as long each time: strides 2, 4, 8, ... steps
+    encoder     level l: x = pool(ReLU(conv(x) + graph(x))), half as long as the one before: strides 2, 4, 8, ... times
                 graph(x)_i = max over the k nearest x_j (by feature, anywhere in the window) of W [x_j, x_i] + b
     decoder     from the last level back: y_l = ReLU conv(ReLU conv(x_l) + ReLU upsample(y_{l+1}))
     anchors     of 3 and 7.5 strides around the middle of each position; towers, the same at every level, give classes
                 p and a shift and stretch of the anchor                                                     "located"
     adjustment  the finest features at a boundary and 1/8 of the length before and behind it move it        "adjusted"
-    boundaries  the finest features say of each step whether an action starts, ends or goes on there
+    boundaries  the finest features say of each time whether an action starts, ends or goes on there
     score       of an adjusted segment: p * (start score at its start) * (end score at its end)
     loss        GIoU of located segments over anchors with IoU >= 0.6; focal loss of p, an action being what the located
                 segment overlaps by 0.6; GIoU of adjusted over located segments with IoU >= 0.7; balanced cross entropy
@@ -14,7 +14,7 @@
 
 Written from the paper (Zhao, Thabet, Ghanem, "Video Self-Stitching Graph Network", arXiv 2011.14598) and the settings
 of its release and of OpenTAD's version. Unlike in the release: LayerNorm instead of GroupNorm in the towers, so that
-padded steps change nothing; sigmoid focal loss for any number of classes; moves of a boundary count in eighths of the
+padded times change nothing; sigmoid focal loss for any number of classes; moves of a boundary count in eighths of the
 length; only the decoder is supervised, as in OpenTAD. Not here: self-stitching, which magnifies the *input* of short
 videos, and with it the graph's edges between the two magnifications of a video; edges are free, between any two
 positions of a level.
@@ -32,14 +32,14 @@ from action_detection.ops import Window
 ANCHOR_IOU, ADJUST_IOU = 0.6, 0.7  # an anchor, a located segment is positive from here on
 FOCAL_ALPHA = 0.35
 BETA = 8.0  # boundary features are taken one BETA-th of the length before and behind
-BOUNDARY_WIDTH = 0.1  # of an action's length (but at least one step) around its start is "start"
+BOUNDARY_WIDTH = 0.1  # of an action's length (but at least one time) around its start is "start"
 
 
 class VSGNHead(nn.Module):
     """Features (B, C, N), mask (B, N) -> a dict of
 
-    logits (B, P, K); anchors (P, 2), located and adjusted (B, P, 2), all start and end in steps; mask (B, P) bool;
-    boundaries (B, 3, N), logits of start, end and action; steps (B, N) bool, the input's mask. P is the number of
+    logits (B, P, K); anchors (P, 2), located and adjusted (B, P, 2), all start and end in times; mask (B, P) bool;
+    boundaries (B, 3, N), logits of start, end and action; times (B, N) bool, the input's mask. P is the number of
     scales times the sum of the levels' lengths, ceil(N / 2^(l+1)). With one class the labels of a batch are not read.
     """
 
@@ -69,11 +69,11 @@ class VSGNHead(nn.Module):
         self.classification = Tower(width, len(scales) * num_classes, num_layers=5)
         self.regression = Tower(width, len(scales) * 2, num_layers=5)
         self.adjust_start, self.adjust_end = Adjustment(width), Adjustment(width)
-        self.boundaries = Tower(width, 3 * 2, num_layers=2)  # three curves for both steps of a position
+        self.boundaries = Tower(width, 3 * 2, num_layers=2)  # three curves for both times of a position
         nn.init.constant_(self.classification.last.bias, -math.log(99))  # every class starts at probability 0.01
 
     def forward(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        steps, levels, masks = mask, [], []
+        times, levels, masks = mask, [], []
         x = F.relu(self.embed(features * mask[:, None])) * mask[:, None]
         for layer in self.encoder:
             x = layer(x, mask)
@@ -106,8 +106,8 @@ class VSGNHead(nn.Module):
             "located": located,
             "adjusted": torch.stack([start + move[0], end + move[1]], dim=2),
             "mask": torch.cat([m.repeat_interleave(len(self.scales), dim=1) for m in masks], dim=1),
-            "boundaries": curves[:, :, : steps.shape[1]],
-            "steps": steps,
+            "boundaries": curves[:, :, : times.shape[1]],
+            "times": times,
         }
 
     def losses(self, outputs: dict[str, Tensor], batch: dict) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class VSGNHead(nn.Module):
                 ):
                     _, matched, positive = assign_segments(reference, mask, segments, labels, threshold)
                     terms.append(mean_over(giou_loss(found, matched) * positive, positive))
-                terms.append(boundary_loss(outputs["boundaries"][i].float(), outputs["steps"][i], segments))
+                terms.append(boundary_loss(outputs["boundaries"][i].float(), outputs["times"][i], segments))
                 totals.append(torch.stack(terms))
             names = ("classification", "regression", "adjustment", "boundaries")
             weights = (1.0, self.regression_weight, self.regression_weight, 1.0)
@@ -141,7 +141,7 @@ class VSGNHead(nn.Module):
         """The candidates of each window, best first: at most `max_candidates`, none under `min_score`."""
         segments = outputs["adjusted"].float()
         curves = outputs["boundaries"].float().sigmoid()
-        real = outputs["steps"].sum(dim=1)
+        real = outputs["times"].sum(dim=1)
         start, end = (score_at(curves[:, i], segments[:, :, i], real) for i in range(2))
         scores = outputs["logits"].float().sigmoid() * (start * end * outputs["mask"])[:, :, None]
         return to_windows(segments, scores, batch, settings)
@@ -194,9 +194,9 @@ def nearest(x: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def pyramid_anchors(lengths: list[int], scales: tuple[float, ...], device: torch.device) -> Tensor:
-    """(P, 2) start and end in steps: level after level, position after position, one anchor per scale.
+    """(P, 2) start and end in times: level after level, position after position, one anchor per scale.
 
-    Position j of level l covers the steps [j s, (j + 1) s), s = 2^(l+1); its anchors, around the middle, are `scale` s
+    Position j of level l covers the times [j s, (j + 1) s), s = 2^(l+1); its anchors, around the middle, are `scale` s
     long.
     """
     levels = []
@@ -209,7 +209,7 @@ def pyramid_anchors(lengths: list[int], scales: tuple[float, ...], device: torch
 
 
 def move_anchors(anchors: Tensor, shifts: Tensor) -> Tensor:
-    """anchors (P, 2), shifts (B, P, 2) -> (B, P, 2): the centre moves by 0.1 lengths per unit, the length is multiplied
+    """anchors (P, 2), shifts (B, P, 2) -> (B, P, 2): the center moves by 0.1 lengths per unit, the length is multiplied
     by exp(0.2 per unit), at most by e^4: the coding of two-stage detectors, with their weights 10 and 5."""
     length = anchors[:, 1] - anchors[:, 0]
     center = anchors.mean(dim=1) + 0.1 * shifts[..., 0] * length
@@ -229,7 +229,7 @@ def sample_around(x: Tensor, position: Tensor, reach: Tensor, count: Tensor) -> 
 
 
 def score_at(curve: Tensor, position: Tensor, count: Tensor) -> Tensor:
-    """curve (B, N), of which `count` (B,) steps are real, read at position (B, P) in steps, linear between middles."""
+    """curve (B, N), of which `count` (B,) times are real, read at position (B, P) in times, linear between middles."""
     last = (count[:, None] - 1).clamp(min=0)
     at = torch.minimum((position - 0.5).clamp(min=0), last)
     low = at.floor().long()
@@ -250,8 +250,8 @@ def assign_segments(
     iou, _ = iou_and_hull(candidates[:, None], segments)
     iou = iou * mask[:, None]  # (P, M + 1)
     best, index = iou.max(dim=1)
-    favourite = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
-    return labels[index], segments[index], ((best >= threshold) | favourite) & (best > 0)
+    favorite = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
+    return labels[index], segments[index], ((best >= threshold) | favorite) & (best > 0)
 
 
 def iou_and_hull(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,10 +274,10 @@ def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
     return values.sum() / chosen.sum().clamp(min=1)
 
 
-def boundary_targets(segments: Tensor, num_steps: int) -> Tensor:
-    """(3, N) float: steps whose middle lies within an action's start region, its end region, the action itself."""
+def boundary_targets(segments: Tensor, num_times: int) -> Tensor:
+    """(3, N) float: times whose middle lies within an action's start region, its end region, the action itself."""
     segments = torch.cat([segments, segments.new_full((1, 2), -1e6)])
-    middle = torch.arange(num_steps, device=segments.device)[:, None] + 0.5
+    middle = torch.arange(num_times, device=segments.device)[:, None] + 0.5
     start, end = segments.unbind(dim=1)
     half = (BOUNDARY_WIDTH * (end - start)).clamp(min=1) / 2
     near = [(middle - boundary).abs() <= half for boundary in (start, end)]

@@ -1,11 +1,11 @@
-"""Data sets of video files in their official layouts, and the loaders of a run.
+"""Data sets of video files in their official layouts.
 
-    loaders = build_loaders(config)            # loaders.train, loaders.val (one centre view)
-    loader = build_test_loader(config)         # all views: test_segments x test_crops samples per video
+    build_dataset(config, "train")     # clips drawn anew each time; "val": one center view of each video
+    build_dataset(config, "test")      # all views: test_segments x test_crops samples per video
 
 A batch is {"video": (B, 3, T, H, W) float32, "label": (B,) long, "name": list[str], "skipped": list[str]}, in training
 with mixing also "target": (B, K), in evaluation also "view": (B,) long. A sample is a pure function of its key (index,
-draw). That is why mixup and cutmix take their partner by index and not from the batch: how a batch is split over
+sample seed). That is why mixup and cutmix take their partner by index and not from the batch: how a batch is split over
 devices and accumulation steps must not change what is learned. Not here: decoding (video.py) and pixel operations
 (engine.data.transforms).
 """
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 
 def build_dataset(config: Config, split: Split) -> "Clips":
-    """The clips of a split: training ones drawn anew each time; one centre view of each validation video (val), or all
+    """The clips of a split: training ones drawn anew each time; one center view of each validation video (val), or all
     its test_segments x test_crops views, one after the other (test). Errors as `read_entries`.
     """
     data = config.data
@@ -164,7 +164,7 @@ def read_entries(data: Data, subset: Subset) -> list[Entry]:
 
 
 class Clips:
-    """Samples by key (index, draw): in training a list of `repeats` samples, in evaluation of one; see `collate`."""
+    """Samples by (index, sample seed): in training a list of `repeats` samples, in evaluation of one; see `collate`."""
 
     def __init__(self, data: Data, subset: Subset, *, train: bool, segments: int = 1, crops: int = 1) -> None:
         self.data, self.subset, self.train, self.segments, self.crops = data, subset, train, segments, crops
@@ -180,12 +180,12 @@ class Clips:
         return len(self.entries) * (1 if self.train else self.segments * self.crops)
 
     def __getitem__(self, key: tuple[int, int]) -> list[dict[str, Any]]:
-        index, draw = key
+        index, sample_seed = key
         if not self.train:
             index, view = divmod(index, self.segments * self.crops)
             sample, video = self._read(index, None, view)
             return [sample | {"video": video, "view": view}]
-        return [self._training_sample(index, np.random.default_rng([draw, i])) for i in range(self.data.repeats)]
+        return [self._training_sample(index, np.random.default_rng([sample_seed, i])) for i in range(self.data.repeats)]
 
     def _training_sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         data = self.data
@@ -245,13 +245,13 @@ def read_clip(
     indices = clip_indices(data, cache.probe(path), rng, segment, segments)
     clip = torch.from_numpy(cache.read_frames(path, indices)).permute(0, 3, 1, 2)
     if rng is None:
-        return transforms.normalise(transforms.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
+        return transforms.normalize(transforms.view_crop(clip, data.image_size, crop, crops), data.mean, data.std)
     clip = transforms.random_resized_crop(clip, data.image_size, data.crop_scale, rng)
     if data.flip and rng.random() < 0.5:
         clip = clip.flip(-1)
     clip = transforms.rand_augment(clip, data.rand_augment, data.rand_augment_magnitude, rng)
     clip = transforms.color_jitter(clip, data.color_jitter, rng)
-    return transforms.random_erase(transforms.normalise(clip, data.mean, data.std), data.erase, rng)
+    return transforms.random_erase(transforms.normalize(clip, data.mean, data.std), data.erase, rng)
 
 
 def mix(video: Tensor, other: Tensor, share: float, cut: bool, rng: np.random.Generator) -> tuple[Tensor, float]:

@@ -1,6 +1,6 @@
 """A video backbone and a head: model(batch) -> {"logits": (B, K)}.
 
-    model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalised
+    model = build_model(config)            # batch["video"]: (B, 3, T, H, W), normalized
 
 `model.backbone` is what a finetuning method applies to. Not here: loss, schedules, precision.
 """

@@ -3,7 +3,7 @@
     python -m action_recognition.predict runs/action_recognition/motion_tiny_dr2net/seed0 clip.mp4 --output predictions
 
 writes predictions/clip.png (the frames of the middle view, and the probabilities) and predictions/clip.mp4.
-Probabilities are averaged over the test views of the row, as in evaluation. Not here: streaming, localisation in time.
+Probabilities are averaged over the test views of the row, as in evaluation. Not here: streaming, localization in time.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
     python -m action_recognition.prepare --kind ssv2 --probe         # count, name what is missing, open every file
     python -m action_recognition.prepare --kind kinetics --download
 
-The exit status is 0 only if everything is there. Something-Something v2 needs a licence: `--download` says what to
+The exit status is 0 only if everything is there. Something-Something v2 needs a license: `--download` says what to
 request.
 """
 
@@ -25,9 +25,9 @@ from engine.synthetic.write import STAMP, prepare_files
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
 KINETICS_BYTES = {"train": 400 << 30, "val": 48 << 30}  # about; the mirror publishes neither sizes nor checksums
 SSV2_COUNTS = {"classes": 174, "train": 168_913, "validation": 24_777, "videos": 220_847}
-SSV2_LICENCE = """\
-Something-Something v2 (about 20 GB) is given out by Qualcomm under a licence for research. What remains for you to do:
-  1. Open https://www.qualcomm.com/developer/software/something-something-v-2-dataset, sign in, accept the licence.
+SSV2_LICENSE = """\
+Something-Something v2 (about 20 GB) is given out by Qualcomm under a license for research. What remains for you to do:
+  1. Open https://www.qualcomm.com/developer/software/something-something-v-2-dataset, sign in, accept the license.
   2. Download 20bn-something-something-v2-00, 20bn-something-something-v2-01 and
      20bn-something-something-download-package-labels.zip into {root}/archives.
   3. Run: bash scripts/download_ssv2.sh {root}
@@ -139,7 +139,7 @@ def fetch(arguments: Arguments) -> None:
     if arguments.kind == "kinetics":
         download_kinetics(root, mirror=arguments.mirror, splits=arguments.splits, dry_run=arguments.dry_run)
     elif arguments.kind == "ssv2":
-        print(SSV2_LICENCE.format(root=root))
+        print(SSV2_LICENSE.format(root=root))
     else:
         raise ValueError(f"--download: there is nothing to download for --kind {arguments.kind}")
 

@@ -10,7 +10,7 @@ through a head that knows their place and time, tell the clip's rates of motion:
     loss = cross entropy(share) + FLOW_WEIGHT |flow - target|^2 + RATE_WEIGHT |rates - target|^2
 
 Class labels of a few thousand clips do not teach a ViT that much. The patch embedding starts as a whitened cosine
-transform, so that the change between the two frames of a tubelet is as loud as their colour. Weight matrices of the
+transform, so that the change between the two frames of a tubelet is as loud as their color. Weight matrices of the
 blocks are trained by Muon, everything else by AdamW. Writes action_recognition/weights/tiny.safetensors in float16.
 """
 

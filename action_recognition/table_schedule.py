@@ -157,7 +157,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
         )
         if setting is None:
             for index, (name, mean) in enumerate(zip(names, means, strict=True)):
-                side = 1 if index % 2 == 0 else -1  # above to the right, below to the left: neighbours would overlap
+                side = 1 if index % 2 == 0 else -1  # above to the right, below to the left: neighbors would overlap
                 axes.annotate(
                     "/".join(name.split("_")[1:]) or str(rational(coefficients(lines[name][1], 0.0)[1])),
                     (places[name], mean + side * (lines[name][0].std or 0)),

@@ -18,7 +18,7 @@ PACKED=(
 )
 CHECK="${CHECK:-1}"
 
-licence() {
+license() {
   cat <<TEXT
 The videos of ActivityNet belong to their makers and are given out for research. What remains for you to do:
   1. Open http://activity-net.org/download.html and fill in the form for missing videos,
@@ -70,7 +70,7 @@ done
 small="$ARCHIVES/Anet_videos_15fps_short256.zip"
 if [ -f "$small" ] && [ ! -e "$small.unpacked" ]; then run unpack "$small"; fi
 if [ "$present" -lt "${#PACKED[@]}" ] && [ ! -e "$small.unpacked" ]; then
-  licence
+  license
   [ "$DRY_RUN" = 1 ] || exit 1
 fi
 run "$PYTHON" -m action_detection.prepare --kind activitynet --root "$ROOT" --lists "$ROOT/lists"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Something-Something v2: unpack what the licence lets you download by hand, bring it to its layout, check it.
+# Something-Something v2: unpack what the license lets you download by hand, bring it to its layout, check it.
 #   bash scripts/download_ssv2.sh [ROOT] [--dry-run]
 # The archives belong in ROOT/archives; without them the script says what to request where. Finished steps are skipped.
 set -euo pipefail

@@ -6,7 +6,7 @@ For each setting: |g - g_stored| / |g_stored| over all parameters, where g_store
 all activations stored; for exact inversion also what the grid costs in the gradient and in the output, and the bits
 stored per element and branch. Then the exact gradient with outliers and weak samples in what enters the blocks, against
 float64 without a grid. Writes precision.json, precision.md, precision.png. The loss is a fixed random linear function
-of the normalised tokens of two pictures composed by `engine/synthetic/motion.py`.
+of the normalized tokens of two pictures composed by `engine/synthetic/motion.py`.
 """
 
 import argparse
@@ -77,13 +77,13 @@ def build(weights: str, blocks: int) -> nn.Module:
 
 
 def pictures(size: int) -> Tensor:
-    """(2, 3, size, size), normalised: first frames of two synthetic clips."""
+    """(2, 3, size, size), normalized: first frames of two synthetic clips."""
     clips = [render_clip("turning clockwise", key=(i,), group="train", size=size)[0] for i in range(2)]
     return (torch.from_numpy(np.stack([clip[0] for clip in clips])).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.225
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor, str]) -> Tensor:
-    """A linear function of the normalised tokens."""
+    """A linear function of the normalized tokens."""
     images, weights, precision = batch
     if precision == "fp64":
         return (model.forward_features(images.double()) * weights.double()).mean()

@@ -33,7 +33,7 @@ from engine.training import fit
 
 
 def seconds_seen(video: torch.Tensor) -> torch.Tensor:
-    """Which time the frames of an unnormalised window show, (T,), for videos of `frames_of` up to 6 s."""
+    """Which time the frames of an unnormalized window show, (T,), for videos of `frames_of` up to 6 s."""
     return ((video[0, :, :, : SIZE // 2 - 2].mean((1, 2)) * 255 - 20) / 3) / FPS
 
 
@@ -65,8 +65,8 @@ def test_batches_have_the_promised_shapes_and_names(data):
     assert [s.shape[1] for s in batch["segments"]] == [2, 2] and batch["segments"][0].dtype == torch.float32
     assert all(len(s) == len(k) for s, k in zip(batch["segments"], batch["labels"], strict=True))
     assert batch["labels"][0].dtype == batch["window"].dtype == torch.long
-    assert batch["start"].dtype == batch["seconds_per_step"].dtype == batch["duration"].dtype == torch.float32
-    torch.testing.assert_close(batch["seconds_per_step"], torch.full((2,), 0.4))
+    assert batch["start"].dtype == batch["seconds_per_time"].dtype == batch["duration"].dtype == torch.float32
+    torch.testing.assert_close(batch["seconds_per_time"], torch.full((2,), 0.4))
     tested = [pair for b in loaders.val for pair in zip(b["name"], b["window"].tolist(), strict=True)]
     assert tested == [("d", 0), ("d", 1), ("e", 0)]
 
@@ -106,11 +106,11 @@ def test_windows_overlap_reach_the_end_and_cover_everything(data):
 def test_a_frame_is_the_one_on_screen_in_the_middle_of_its_share_of_a_step(windows, data):
     data = replace(data, windows=windows)
     for sample in (windows_of(data)[i, 0] for i in range(2)):  # video d: two windows, or itself and e
-        step = sample["seconds_per_step"]
-        centres = sample["start"] + (torch.arange(16) + 0.5) * step / 2
-        real = centres < sample["duration"]
-        shown = torch.floor(centres[real] * FPS + 1e-3) / FPS
-        # The codec may be off by 1.5 of the 3 grey values that a frame makes.
+        step = sample["seconds_per_time"]
+        centers = sample["start"] + (torch.arange(16) + 0.5) * step / 2
+        real = centers < sample["duration"]
+        shown = torch.floor(centers[real] * FPS + 1e-3) / FPS
+        # The codec may be off by 1.5 of the 3 gray values that a frame makes.
         torch.testing.assert_close(seconds_seen(sample["video"][:, real]), shown.float(), atol=0.5 / FPS, rtol=0)
 
 
@@ -118,16 +118,16 @@ def test_whole_videos_have_one_window_of_their_own_length(data):
     dataset = windows_of(replace(data, windows="whole"))
     samples = [dataset[i, 0] for i in range(len(dataset))]
     assert [(s["name"], s["window"], s["start"]) for s in samples] == [("d", 0, 0.0), ("e", 0, 0.0)]
-    assert [s["seconds_per_step"] for s in samples] == pytest.approx([5 / 8, 1 / 8])
+    assert [s["seconds_per_time"] for s in samples] == pytest.approx([5 / 8, 1 / 8])
     assert all(s["mask"].all() for s in samples)
     torch.testing.assert_close(samples[0]["segments"], torch.tensor([[3.2, 7.2]]))
 
 
 def test_steps_and_seconds_convert_back_and_forth(data):
     dataset = loaders_of(data).train.dataset
-    for draw in range(20):
-        sample = dataset[0, draw]
-        seconds = sample["start"] + sample["segments"].double() * sample["seconds_per_step"]
+    for seed in range(20):
+        sample = dataset[0, seed]
+        seconds = sample["start"] + sample["segments"].double() * sample["seconds_per_time"]
         for (start, end), label in zip(seconds.tolist(), sample["labels"].tolist(), strict=True):
             true = [(1.0, 2.5), (4.0, 5.0)][label]  # jump, run
             end_of_window = sample["start"] + 3.2
@@ -152,10 +152,10 @@ def test_a_variable_frame_rate_changes_nothing(data):
         container.mux(stream.encode())
     for i in range(2):
         sample = windows_of(data)[i, 0]
-        centres = sample["start"] + (np.arange(16) + 0.5) / 5
-        shown = np.array([kept[np.searchsorted(kept, c * FPS + 1e-3, side="right") - 1] / FPS for c in centres])
+        centers = sample["start"] + (np.arange(16) + 0.5) / 5
+        shown = np.array([kept[np.searchsorted(kept, c * FPS + 1e-3, side="right") - 1] / FPS for c in centers])
         np.testing.assert_allclose(seconds_seen(sample["video"]), shown, atol=0.5 / FPS)  # see above: the codec
-        torch.testing.assert_close(sample["seconds_per_step"], 0.4)
+        torch.testing.assert_close(sample["seconds_per_time"], 0.4)
 
 
 def test_a_one_second_video_is_padded_and_masked(data):
@@ -193,8 +193,8 @@ def test_a_two_hour_video_is_read_window_by_window(data, monkeypatch):
 def test_training_windows_hold_enough_of_an_instance_and_differ(data):
     videos = read_annotations(data).videos
     starts = []
-    for draw in range(60):
-        start = random_start(data, videos["a"], np.random.default_rng(draw))
+    for seed in range(60):
+        start = random_start(data, videos["a"], np.random.default_rng(seed))
         assert 0 <= start <= 2.8 + 1e-9
         assert len(visible_instances(videos["a"], start, 3.2, data.min_overlap)[1]) == 1  # 3.2 s are too few for both
         starts.append(start)
@@ -208,10 +208,10 @@ def test_an_instance_mostly_outside_is_no_target_and_one_longer_than_the_window_
     assert visible_instances(video, 2.6, 3.2, 0.75)[1].tolist() == []
     assert visible_instances(video, 2.6, 3.2, 0.0)[1].tolist() == [1, 0]
     # Only the short one can be shown enough of, so all windows are around it.
-    starts = [random_start(data, video, np.random.default_rng(draw)) for draw in range(40)]
+    starts = [random_start(data, video, np.random.default_rng(seed)) for seed in range(40)]
     assert max(starts) <= 2.5 and min(starts) >= 0.3
     long = Video(20.0, "training", torch.tensor([[5.0, 19.0]], dtype=torch.float64), torch.tensor([0]))
-    starts = [random_start(data, long, np.random.default_rng(draw)) for draw in range(40)]
+    starts = [random_start(data, long, np.random.default_rng(seed)) for seed in range(40)]
     assert min(starts) < 3 and max(starts) > 14
 
 
@@ -232,7 +232,7 @@ def test_augmentation_is_the_same_in_all_frames_and_only_in_training(data):
     still = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     write_video(Path(data.root) / "videos" / "v_a.mp4", np.broadcast_to(still, (60, SIZE, SIZE, 3)), FPS, crf=5)
     dataset = loaders_of(replace(data, **RANDOM)).train.dataset
-    clips = torch.stack([dataset[0, draw]["video"] for draw in range(12)])
+    clips = torch.stack([dataset[0, seed]["video"] for seed in range(12)])
     assert (clips[:, :, 1:] - clips[:, :, :1]).abs().max() < 0.1  # the codec's changes; other crops differ by more
     assert min((clips[0] - clips[k]).abs().mean() for k in range(1, 12)) > 0.02
     tested = replace(data, test_subset="training", train_subset="validation")
@@ -242,18 +242,18 @@ def test_augmentation_is_the_same_in_all_frames_and_only_in_training(data):
 def test_half_of_the_windows_are_mirrored_if_asked(data):
     plain = loaders_of(data).train.dataset
     flipped = loaders_of(replace(data, flip=True)).train.dataset
-    same = [torch.equal(plain[1, draw]["video"], flipped[1, draw]["video"]) for draw in range(30)]
+    same = [torch.equal(plain[1, seed]["video"], flipped[1, seed]["video"]) for seed in range(30)]
     assert 6 < sum(same) < 24
-    draw = same.index(False)
-    assert torch.equal(plain[1, draw]["video"].flip(-1), flipped[1, draw]["video"])
+    seed = same.index(False)
+    assert torch.equal(plain[1, seed]["video"].flip(-1), flipped[1, seed]["video"])
 
 
 def test_the_cache_changes_no_sample(data):
     kept = replace(data, cache_gib=0.01, **RANDOM)
     plain, cached = (loaders_of(d).train.dataset for d in (replace(data, **RANDOM), kept))
     for index in range(3):
-        for draw in range(3):
-            assert torch.equal(plain[index, draw]["video"], cached[index, draw]["video"])
+        for seed in range(3):
+            assert torch.equal(plain[index, seed]["video"], cached[index, seed]["video"])
     assert len(cached.cache.videos) == 3
 
 

@@ -283,7 +283,7 @@ def test_a_run_is_evaluated_and_its_file_alone_gives_the_same(tmp_path, monkeypa
     synthetic = Synthetic(num_training=1, num_validation=2, size=32, seconds=(20.0, 20.0), fps=8.0)
     write_dataset(tmp_path / "data", synthetic, workers=1)
     base = ROWS["untrimmed_tiny_dr2net"]()
-    data = replace(base.data, root=tmp_path / "data", num_steps=16, frames_per_step=2, image_size=32, fps=4.0)
+    data = replace(base.data, root=tmp_path / "data", num_times=16, frames_per_time=2, image_size=32, fps=4.0)
     # An untrained network knows nothing: thresholds that noise reaches.
     detection = replace(base.detection, tious=(0.05, 0.1), min_score=0.0)
     config = replace(base, data=data, detection=detection)

@@ -45,14 +45,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_steps=st.integers(1, 40), window=st.sampled_from([0, 1, 3, 5, 9, 19]), data=st.data())
-def test_local_attention_is_dense_attention_with_a_banded_mask(num_steps, window, data):
-    real = torch.tensor([num_steps, data.draw(st.integers(0, num_steps))])
-    mask = torch.arange(num_steps) < real[:, None]
-    torch.manual_seed(num_steps)
-    query, key, value = torch.randn(3, 2, 2, num_steps, 4)
-    steps = torch.arange(num_steps)
-    near = (steps[:, None] - steps).abs() <= (window // 2 if window else num_steps)
+@given(num_times=st.integers(1, 40), window=st.sampled_from([0, 1, 3, 5, 9, 19]), data=st.data())
+def test_local_attention_is_dense_attention_with_a_banded_mask(num_times, window, data):
+    real = torch.tensor([num_times, data.draw(st.integers(0, num_times))])
+    mask = torch.arange(num_times) < real[:, None]
+    torch.manual_seed(num_times)
+    query, key, value = torch.randn(3, 2, 2, num_times, 4)
+    steps = torch.arange(num_times)
+    near = (steps[:, None] - steps).abs() <= (window // 2 if window else num_times)
     score = (query @ key.transpose(2, 3) / 2).masked_fill(~(near & mask[:, None, None, :]), -1e9)
     expected = score.softmax(dim=3) @ value
     found = local_attention(query, key, value, mask, window)
@@ -61,11 +61,11 @@ def test_local_attention_is_dense_attention_with_a_banded_mask(num_steps, window
 
 
 def test_local_attention_never_holds_a_map_of_all_pairs():
-    num_steps, mask = 512, torch.ones(1, 512, dtype=torch.bool)
-    query, key, value = torch.randn(3, 1, 1, num_steps, 4)
+    num_times, mask = 512, torch.ones(1, 512, dtype=torch.bool)
+    query, key, value = torch.randn(3, 1, 1, num_times, 4)
     with LargestTensor() as largest:
         local_attention(query, key, value, mask, 9)
-    assert largest.elements < num_steps * num_steps / 8
+    assert largest.elements < num_times * num_times / 8
 
 
 def test_points_stand_where_the_strided_convolutions_look_and_share_the_distances():
@@ -79,11 +79,11 @@ def test_assignment_by_hand():
     points = pyramid_points([16, 8], torch.device("cpu"))
     segments = torch.tensor([[1.0, 4.0], [6.0, 16.0], [10.0, 12.0]])  # short; long, ending with the window; inside it
     classes, distances, positive = assign_points(points, segments, torch.tensor([0, 1, 2]), 3, radius=1.5)
-    # Level 0: nearer than 1.5 to the centres 2.5 and 11, no boundary 4 or more away.
+    # Level 0: nearer than 1.5 to the centers 2.5 and 11, no boundary 4 or more away.
     assert positive[:16].nonzero().flatten().tolist() == [1, 2, 3, 10, 11]
     assert classes[2].tolist() == [1, 0, 0] and classes[10].tolist() == [0, 0, 1]
     torch.testing.assert_close(distances[10], torch.tensor([0.5, 1.5]))
-    # Level 1: points at 2 j + 0.5 nearer than 3 to the centre 11 of the long one; the others are too short for it.
+    # Level 1: points at 2 j + 0.5 nearer than 3 to the center 11 of the long one; the others are too short for it.
     assert positive[16:].nonzero().flatten().tolist() == [4, 5, 6]
     assert classes[16:][5].tolist() == [0, 1, 0]
     torch.testing.assert_close(distances[16:][5], torch.tensor([4.5, 5.5]) / 2)
@@ -139,7 +139,7 @@ def test_focal_loss_is_its_formula_in_float64():
 
 def test_detection_cuts_to_the_video_drops_what_is_empty_or_weak_and_keeps_the_best():
     batch = windows(10, [10], [[]], [[]])
-    batch["start"], batch["seconds_per_step"] = torch.tensor([4.0]), torch.tensor([2.0])
+    batch["start"], batch["seconds_per_time"] = torch.tensor([4.0]), torch.tensor([2.0])
     batch["duration"], batch["window"] = torch.tensor([20.0]), torch.tensor([7])
     segments = torch.tensor([[[-5.0, 3.0], [1.0, 2.0], [9.0, 12.0], [4.0, 4.0], [2.0, 20.0]]])
     scores = torch.tensor([[[0.9, 0.2], [0.05, 0.3], [0.9, 0.9], [0.8, 0.8], [0.5, 0.01]]])

@@ -42,20 +42,20 @@ def make_head(request: pytest.FixtureRequest) -> MakeHead:
     return request.param
 
 
-@pytest.mark.parametrize("num_steps", [16, 13, 2, 1])
-def test_padding_and_what_stands_in_it_change_no_real_output(make_head: MakeHead, num_steps: int) -> None:
+@pytest.mark.parametrize("num_times", [16, 13, 2, 1])
+def test_padding_and_what_stands_in_it_change_no_real_output(make_head: MakeHead, num_times: int) -> None:
     head = make_head()
-    x = torch.randn(1, 8, num_steps)
-    padded = torch.cat([x, 100 * torch.randn(1, 8, 19 - num_steps)], dim=2)
-    mask = torch.arange(19)[None] < num_steps
-    expected, found = head(x, mask[:, :num_steps]), head(padded, mask)
+    x = torch.randn(1, 8, num_times)
+    padded = torch.cat([x, 100 * torch.randn(1, 8, 19 - num_times)], dim=2)
+    mask = torch.arange(19)[None] < num_times
+    expected, found = head(x, mask[:, :num_times]), head(padded, mask)
     assert found["mask"].sum() == expected["mask"].numel()
     for name in {"logits", "offsets", "located", "adjusted"} & set(expected):
         torch.testing.assert_close(found[name][found["mask"]], expected[name][0], atol=ROUNDING, rtol=ROUNDING)
     if "points" in expected:
         torch.testing.assert_close(found["points"][found["mask"][0], 0], expected["points"][:, 0])
     if "boundaries" in expected:
-        curves = found["boundaries"][:, :, :num_steps]
+        curves = found["boundaries"][:, :, :num_times]
         torch.testing.assert_close(curves, expected["boundaries"], atol=ROUNDING, rtol=ROUNDING)
 
 
@@ -73,15 +73,15 @@ def test_losses_do_not_depend_on_the_split_of_a_batch(make_head: MakeHead) -> No
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "real", "segments"),
+    ("num_times", "real", "segments"),
     [(20, 20, []), (1, 1, [[0, 1]]), (20, 0, []), (20, 1, [[0, 1]]), (20, 20, [[3, 3]]), (20, 20, [[0, 20]])],
 )
 def test_windows_without_actions_without_steps_or_of_one_step_give_finite_losses_and_gradients(
-    make_head: MakeHead, num_steps: int, real: int, segments: list
+    make_head: MakeHead, num_times: int, real: int, segments: list
 ) -> None:
     head = make_head()
-    batch = windows(num_steps, [real], [segments], [[1] * len(segments)])
-    sum(head.losses(head(torch.randn(1, 8, num_steps), batch["mask"]), batch).values()).backward()
+    batch = windows(num_times, [real], [segments], [[1] * len(segments)])
+    sum(head.losses(head(torch.randn(1, 8, num_times), batch["mask"]), batch).values()).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
@@ -96,7 +96,7 @@ def test_two_windows_are_learnt_and_their_actions_found(make_head: MakeHead) -> 
     head = make_head(width=32)
     x = torch.randn(2, 8, 32)
     batch = windows(32, [32, 32], [[[2, 7.5], [12, 25]], [[6, 10]]], [[0, 2], [1]])
-    batch["start"], batch["seconds_per_step"] = torch.tensor([10.0, 0.0]), torch.tensor([0.5, 0.5])
+    batch["start"], batch["seconds_per_time"] = torch.tensor([10.0, 0.0]), torch.tensor([0.5, 0.5])
     optimizer = torch.optim.AdamW(head.parameters(), 5e-3)
     for step in range(100):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 100)

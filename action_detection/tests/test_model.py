@@ -19,7 +19,7 @@ HEADS = {"actionformer": ActionFormerHead, "vsgn": VSGNHead}
 def tiny(method: Method = "dr2net", head: str = "actionformer") -> Config:
     """16 steps of 2 frames of 28 x 28 pixels: one thirtieth of the laptop row's work."""
     config = ROWS[f"untrimmed_tiny_{method}"]()
-    data = replace(config.data, num_steps=16, frames_per_step=2, image_size=28)
+    data = replace(config.data, num_times=16, frames_per_time=2, image_size=28)
     model = replace(config.model, weights=None, head=head, width=32, num_levels=3, attention_span=5)
     return replace(config, data=data, model=model, run=replace(config.run, micro_batch=2))
 

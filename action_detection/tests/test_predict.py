@@ -45,7 +45,7 @@ def world(tmp_path_factory) -> tuple[Config, ActionDetector, Path]:
     write_dataset(root, synthetic, workers=1)
     base = ROWS["untrimmed_tiny_dr2net"]()
     base = replace(base, model=replace(base.model, weights=None))
-    data = replace(base.data, root=root, num_steps=16, frames_per_step=2, image_size=32, fps=4.0, num_videos=None)
+    data = replace(base.data, root=root, num_times=16, frames_per_time=2, image_size=32, fps=4.0, num_videos=None)
     # An untrained network is sure of nothing.
     config = replace(base, data=data, detection=replace(base.detection, min_score=0.0, max_detections=20))
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ def test_a_row_is_named_after_itself_and_its_batch_divides(name):
     assert name.endswith(f"_{config.finetuning.method}")
     assert config.optimization.global_batch % config.run.micro_batch == 0
     assert config.optimization.warmup_epochs < config.optimization.epochs
-    assert config.data.num_steps % 2 ** (config.model.num_levels - 1) == 0
+    assert config.data.num_times % 2 ** (config.model.num_levels - 1) == 0
     assert run_folder(config).parts[-3:] == ("action_detection", name, "seed0")
 
 
@@ -52,7 +52,7 @@ def test_left_and_right_are_never_mirrored():
     assert not any(row(name).data.flip for name in ROWS if name.startswith("untrimmed"))
 
 
-def test_an_unknown_row_names_its_neighbours():
+def test_an_unknown_row_names_its_neighbors():
     with pytest.raises(ValueError, match="untrimmed_tiny_dr2net"):
         row("untrimmed_tiny_drnet")
 

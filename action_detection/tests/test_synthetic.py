@@ -40,7 +40,7 @@ def test_the_annotations_are_readable_and_tell_the_files(written):
 def test_what_is_on_disk_is_the_rendered_scene(written):
     scene, frames = synthetic._film(SMALL, "training", 2)
     stored = read_frames(written / "videos" / "v_composed0002.mp4", np.arange(0, len(frames), 10))
-    assert np.abs(stored.astype(int) - frames[::10]).mean() < 4  # grey values; the codec's loss with noise
+    assert np.abs(stored.astype(int) - frames[::10]).mean() < 4  # gray values; the codec's loss with noise
     assert len(frames) == scene.num_frames
 
 

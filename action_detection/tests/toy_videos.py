@@ -13,7 +13,7 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def frames_of(seconds: float, width: int = SIZE) -> np.ndarray:
-    """A video at FPS that gets brighter by 3 grey values per frame; its left half is darker."""
+    """A video at FPS that gets brighter by 3 gray values per frame; its left half is darker."""
     frames = np.zeros((round(seconds * FPS), SIZE, width, 3), np.uint8)
     frames += (20 + 3 * np.arange(len(frames)) % 180).astype(np.uint8)[:, None, None, None]
     frames[:, :, width // 2 :] += 40
@@ -44,4 +44,4 @@ def make_data(root: Path) -> Data:
     for name, video in DATABASE.items():
         write_video(root / "videos" / f"v_{name}.mp4", frames_of(video["duration"]), FPS, crf=5)
     annotate(root, DATABASE)
-    return Data(root=root, num_classes=2, num_steps=8, image_size=SIZE, fps=5.0, **PLAIN)
+    return Data(root=root, num_classes=2, num_times=8, image_size=SIZE, fps=5.0, **PLAIN)

@@ -116,13 +116,13 @@ def test_repeated_augmentation_makes_different_samples_of_one_video(data):
     assert not torch.equal(batch["video"][0], batch["video"][1])
 
 
-def test_without_augmentation_a_clip_holds_the_segment_centres_normalised(data):
+def test_without_augmentation_a_clip_holds_the_segment_centers_normalized(data):
     sample = Clips(data, "validation", train=False)[(0, 0)][0]
     indices = transforms.segment_indices(LENGTH, 4, None)
     assert indices.tolist() == [1, 3, 6, 8]
     expected = (video_of(8)[indices][:, :, 8:40].astype(np.float32) / 255 - np.array(data.mean)) / np.array(data.std)
     found = sample["video"].permute(1, 2, 3, 0).numpy()
-    # 8-bit YUV rounds a grey level by up to 2, which is 2 / 255 / .224; the edge in the middle rings.
+    # 8-bit YUV rounds a gray level by up to 2, which is 2 / 255 / .224; the edge in the middle rings.
     np.testing.assert_allclose(found[..., :12, :], expected[..., :12, :], atol=0.06)
 
 
@@ -198,24 +198,24 @@ def test_augmentation_is_the_same_in_all_frames():
 def test_nothing_is_flipped_unless_asked(data):
     for flip, expected in ((False, {False}), (True, {False, True})):
         dataset = Clips(replace(data, flip=flip), "train", train=True)
-        videos = [dataset[(0, draw)][0]["video"] for draw in range(20)]
+        videos = [dataset[(0, seed)][0]["video"] for seed in range(20)]
         assert {bool(v[..., :4].mean() > v[..., -4:].mean()) for v in videos} == expected
 
 
 @pytest.mark.parametrize("kind", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
 def test_mixed_targets_are_the_shares_of_the_pixels(kind, data):
     data = replace(data, num_frames=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **kind)
-    # Every video of a class k is a grey of 60 (k + 1): the mean of a mixture tells the shares.
+    # Every video of a class k is a gray of 60 (k + 1): the mean of a mixture tells the shares.
     for number in range(1, 8):
-        grey = np.full((4, SIZE, SIZE, 3), 60 * (number % NUM_CLASSES + 1), np.uint8)
-        write_video(data.root / "20bn-something-something-v2" / f"{number}.mp4", grey, 10)
+        gray = np.full((4, SIZE, SIZE, 3), 60 * (number % NUM_CLASSES + 1), np.uint8)
+        write_video(data.root / "20bn-something-something-v2" / f"{number}.mp4", gray, 10)
     dataset = Clips(data, "train", train=True)
     mixed = 0
-    for draw in range(30):
-        sample = dataset[(draw % 7, draw)][0]
+    for seed in range(30):
+        sample = dataset[(seed % 7, seed)][0]
         assert float(sample["target"].sum()) == pytest.approx(1)
         expected = float(sample["target"] @ (60 * torch.arange(1.0, 4.0) / 255))
-        assert float(sample["video"].mean()) == pytest.approx(expected, abs=0.02)  # 8-bit YUV: 2 to 3 grey levels
+        assert float(sample["video"].mean()) == pytest.approx(expected, abs=0.02)  # 8-bit YUV: 2 to 3 gray levels
         mixed += bool((sample["target"] > 0).sum() == 2)
     assert mixed > 10
 

@@ -36,8 +36,8 @@ def test_labels_and_missing_videos_change_the_fingerprint(tmp_path, kind):
         write(tmp_path / "train.csv", text.replace("2.mp4,a", "2.mp4,b", 1))
     else:
         (tmp_path / "train/a/2.mp4").rename(tmp_path / "train/b/9.mp4")
-    relabelled = fingerprint(data)
-    assert relabelled.startswith("6 samples, ") and relabelled != first
+    relabeled = fingerprint(data)
+    assert relabeled.startswith("6 samples, ") and relabeled != first
     (tmp_path / "train/b/0.mp4").unlink()
     if kind == "csv":
         with pytest.warns(UserWarning, match="1 of 6 videos are not below"):

