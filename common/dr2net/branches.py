@@ -135,6 +135,18 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     return branches, "" if branches else "it changes the shape of its input"
 
 
+def refuse_uncovered(block: nn.Module, name: str, branches: Sequence[Branch]) -> None:
+    """ValueError for parameters of the block that no branch names: they would get no gradient."""
+    covered = {id(p) for branch in branches for p in branch.all_parameters()}
+    missing = {key: p for key, p in block.named_parameters() if id(p) not in covered}
+    if missing:
+        raise ValueError(
+            f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(missing)}; "
+            "name them in Branch(modules=...), a parameter of the block itself as it is: modules=(block.norm, "
+            "block.gamma)"
+        )
+
+
 def is_adapted(block: nn.Module) -> bool:
     """Its branches are those of this library, not registered by the user. Of a block that has branches."""
     return branches_of.dispatch(type(block)).__module__ == "dr2net.adapters"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from dr2net.branches import Branch, find_branches
+from dr2net.branches import Branch, find_branches, refuse_uncovered
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
 from dr2net.patches import refuse_checkpointing, refuse_patched
@@ -262,11 +262,4 @@ def _check(containers: dict[str, nn.Module]) -> None:
 
 def _check_block(block: nn.Module, name: str, branches: tuple[Branch, ...]) -> None:
     refuse_patched(block, name)
-    covered = {id(p) for branch in branches for p in branch.all_parameters()}
-    missing = {key: p for key, p in block.named_parameters() if id(p) not in covered}
-    if missing:
-        raise ValueError(
-            f"the branches of {name} ({type(block).__name__}) do not name the modules that hold {', '.join(missing)}; "
-            "name them in Branch(modules=...), a parameter of the block itself as it is: modules=(block.norm, "
-            "block.gamma)"
-        )
+    refuse_uncovered(block, name, branches)

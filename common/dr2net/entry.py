@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class Entry:
     """Calls `block` as part of a pass of `sequence`; without a sequence (a block copied alone), as the plain block."""
 
-    def __init__(self, block: nn.Module, sequence: "ReversibleSequence | None") -> None:
+    def __init__(self, block: nn.Module, sequence: "ReversibleSequence | None", held: tuple[int, int]) -> None:
         self.block = weakref.ref(block)  # both weak: a model that is deleted is freed at once, without a cycle
         self.sequence = None if sequence is None else weakref.ref(sequence)
         self.plain = inspect.unwrap(type(block).forward)  # what the branches stand for
+        self.held = held  # see `parts_of`
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -44,6 +45,10 @@ class Entry:
         """False for what came along with a copy of a block."""
         return self.block() is block and self.sequence is not None and self.sequence() is sequence
 
+    def has_new_parts(self, block: nn.Module) -> bool:
+        """Something was put beside the modules and parameters that the block had."""
+        return self.held != parts_of(block)
+
     @property
     def __signature__(self) -> inspect.Signature:
         """For who looks up which arguments the block takes."""
@@ -54,10 +59,15 @@ class Entry:
         """Of the copied block, and of the copied sequence if that is being copied too."""
         block = memo.get(id(self.block()))
         sequence = None if self.sequence is None else memo.get(id(self.sequence()))
-        return self if block is None else Entry(block, sequence)
+        return self if block is None else Entry(block, sequence, self.held)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Entry, (self.block(), None if self.sequence is None else self.sequence())
+        return Entry, (self.block(), None if self.sequence is None else self.sequence(), self.held)
+
+
+def parts_of(block: nn.Module) -> tuple[int, int]:
+    """How many modules and parameters it holds directly."""
+    return len(block._modules), len(block._parameters)
 
 
 def entry_of(block: nn.Module) -> Entry | None:

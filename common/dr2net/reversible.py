@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
-from dr2net.branches import Branch, find_branches
+from dr2net.branches import Branch, find_branches, refuse_uncovered
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.grid import PRECISION_BITS, Rows, grid_of, rows_of
@@ -59,6 +59,8 @@ class Pass:
                 raise ValueError(f"block {name} was copied into its container after the conversion; {CONVERT_AGAIN}")
             elif entry.plain is not inspect.unwrap(type(other).forward):
                 raise ValueError(f"the forward of the class of block {name} was replaced; {CONVERT_AGAIN}")
+            elif entry.has_new_parts(other):
+                refuse_uncovered(other, f"block {name}", self.branches[self.end])
             self.end += 1
         if not any(self.branches[: self.expected]):
             sequence.ran = 0

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dr2net import exact
 from dr2net.branches import find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
-from dr2net.entry import Entry, entry_of
+from dr2net.entry import Entry, entry_of, parts_of
 from dr2net.options import Options
 from dr2net.returns import Returned, returned
 from dr2net.reversible import Pass
@@ -59,7 +59,7 @@ class ReversibleSequence(nn.Module):
         self.returns: dict[str, Returned | None] = {}
         for block in self._modules.values():
             if find_branches(block)[0]:
-                block.forward = Entry(block, self)
+                block.forward = Entry(block, self, parts_of(block))
 
     def _become_plain(self) -> None:
         for block in self._modules.values():

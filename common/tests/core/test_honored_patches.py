@@ -265,6 +265,21 @@ def test_a_class_of_one_s_own_whose_forward_is_exchanged_after_the_conversion_is
     assert net(build_input()).isfinite().all()
 
 
+def test_an_adapter_put_beside_the_modules_of_a_block_is_refused_before_and_after() -> None:
+    def adapt(block: nn.Module) -> None:
+        block.adapter, old = nn.Linear(WIDTH, WIDTH).double(), block.value.forward
+        block.value.forward = lambda x: old(x) + block.adapter(x)
+
+    for when in ("before", "after"):
+        net = build_net(2)
+        if when == "after":
+            dr2net.convert(net)
+            net(build_input())
+        adapt(net.blocks[1])
+        with pytest.raises(ValueError, match=r"1 \(ToyBlock\) do not name .* hold adapter\.weight, adapter\.bias"):
+            dr2net.convert(net) if when == "before" else net(build_input())
+
+
 def test_what_was_replaced_outside_the_blocks_comes_back() -> None:
     net, x = build_net(2), build_input()
     double_forward(net.head)
