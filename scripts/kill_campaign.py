@@ -254,9 +254,10 @@ def table(counts: dict[str, Counter], seed: int) -> str:
     lines = [
         "# Kill campaign",
         "",
-        f"`python -m scripts.kill_campaign --seed {seed}`: the toy run of the tests (60 steps, a checkpoint every",
-        "third), killed until it ends, against the undisturbed run: weights, optimizer, averages, curve, gradient",
-        "checks and metrics bit for bit, no checkpoint unreadable, no file left over.",
+        f"`python -m scripts.kill_campaign --kills {sum(count['kills'] for count in counts.values())} --seed {seed}`:",
+        "the toy run of the tests (60 steps, a checkpoint every third), killed until it ends, against the undisturbed",
+        "run: weights, optimizer, averages, curve, gradient checks and metrics bit for bit, no checkpoint unreadable,",
+        "no file left over.",
         "",
         f"| kind | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
