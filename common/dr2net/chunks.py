@@ -128,17 +128,21 @@ def differentiate(
     alpha: float,
     parameters: Sequence[nn.Parameter],
     surroundings: Callable[[], AbstractContextManager[Any]],
+    watch: Callable[[Tensor, Sequence[Tensor]], None],
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """F(x), the gradient of <F(x) + alpha x, grad> for x (None unless x requires it) and that of the parameters (None
     where unused).
 
     Called with gradients enabled; F, not its derivative, runs in fresh `surroundings()` each time (autocast).
+    `watch(f, known)` looks at the graph of what is shared and of each chunk, given what may be in it.
     F(x) and the gradient of x are fresh, contiguous, and in x's dtype.
     """
     rows, grad_rows = _rows(x.detach()), _rows(grad)
     out, grad_x = _buffer(rows), _buffer(rows) if x.requires_grad else None
     with surroundings():
         shared, factors = chunks.groups.shared(), chunks.factors(x)
+    for value in shared:
+        watch(value, parameters)
     leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
     inputs = [t for t in (*leaves, *parameters) if t.requires_grad]
     sums: list[Tensor | None] = [None] * len(inputs)
@@ -148,6 +152,7 @@ def differentiate(
         grad_chunk = chunks.groups.take(grad_rows, where)
         with surroundings():
             f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, [t.view_as(t) for t in leaves])
+        watch(f, [chunk, *leaves, *parameters])
         chunks.groups.put(out, f.detach(), where)
         wanted = [chunk, *inputs] if grad_x is not None else inputs
         found: list[Tensor | None] = [None] * len(wanted)

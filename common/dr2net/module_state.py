@@ -16,6 +16,11 @@ def _modules_with_buffers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for part in modules for module in part.modules() if module._buffers]
 
 
+def modes_of(modules: Iterable[nn.Module]) -> list[bool]:
+    """Training or evaluation mode, of each module and those inside it."""
+    return [module.training for part in modules for module in part.modules()]
+
+
 def buffer_versions(modules: Iterable[nn.Module]) -> BufferVersions:
     found = []
     for module in _modules_with_buffers(modules):

@@ -13,7 +13,8 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 `exact.py`).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -27,8 +28,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, evaluate
+from dr2net.foreign import hooks_suspended, refuse_foreign
 from dr2net.grid import Rows, coarser
-from dr2net.module_state import StatisticsKept, buffer_versions, refuse_changed_buffers
+from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 
 
 @dataclass
@@ -48,7 +50,19 @@ class Recomputed:
 
     x: Tensor
     side: list[Tensor]
-    f: Tensor
+    f: Tensor | None  # let go of when it is differentiated
+
+
+@dataclass
+class Taken:
+    """What a node's backward begins with; its parts are let go of as soon as they are used."""
+
+    streams: tuple[Tensor, ...]
+    owned: bool  # the first stream is nobody else's
+    x: Tensor | None  # x_{i-1}
+    side: list[Tensor]
+    check: Tensor | None
+    words: Tensor | None  # exact: the remainders
 
 
 @dataclass
@@ -75,20 +89,22 @@ class Node:
     structure: TreeSpec
     dtype: torch.dtype  # of F's input
     parameters: list[nn.Parameter]
+    coarse: float | None = None  # how much sum |F| may differ in the recomputation, where streams are floats
     chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
+    modes: list[bool] = field(default_factory=list)  # training or evaluation, of each module
     needs: tuple[bool, ...] = ()  # whether x, and each tensor of the side, wants a gradient
     autocast: dict[str, Any] = field(default_factory=dict)
     random: rng.States | None = None
 
-    def call(self, x: Tensor, side: list[Tensor]) -> Tensor:
+    def call(self, x: Tensor, side: list[Tensor], *, first: bool = False) -> Tensor:
         """F(x, *arguments) under the autocast of the forward pass."""
         arguments = list(self.arguments)
         for position, tensor in zip(self.tensor_at, side, strict=True):
             arguments[position] = tensor
         args, named = tree_unflatten(arguments, self.structure)
         version = version_of(x)
-        with self.surroundings():
+        with self.surroundings(first=first):
             if self.chunks is not None:
                 f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored)
             else:
@@ -102,12 +118,24 @@ class Node:
             raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
         return f
 
+    def run(self, x: Tensor, side: list[Tensor], needs: Sequence[bool]) -> Tensor:
+        """F for the first time. Where it is recorded, with gradients as in the recomputation, since other kernels may
+        be chosen without; the graph is dropped at once, and whoever caught a tensor of it gets an error (`_caught`).
+        """
+        if not self.recording:
+            return self.call(x.detach(), side)
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), needs, strict=True)]
+            return self.call(inputs[0], [t.view_as(t) for t in inputs[1:]], first=True).detach()
+
     def recompute(self, x: Tensor, side: list[Tensor]) -> Recomputed:
-        """What `call` computed in forward, to be differentiated. Called without gradients."""
-        self.refuse_changed_parameters()
+        """What `run` computed, to be differentiated. Called without gradients."""
+        self.refuse_changes()
         inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
         with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
-            return Recomputed(inputs[0], inputs[1:], self.call(inputs[0], [t.view_as(t) for t in inputs[1:]]))
+            f = self.call(inputs[0], [t.view_as(t) for t in inputs[1:]])
+        refuse_foreign(f, [*inputs, *self.parameters], self.name)
+        return Recomputed(inputs[0], inputs[1:], f)
 
     def first(
         self, run: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, n: Tensor, grid: Tensor
@@ -129,21 +157,64 @@ class Node:
             f, stream = run(exact.decode(n, grid))
         return f, stream
 
-    def refuse_changed_parameters(self) -> None:
+    def differentiate(self, done: Recomputed, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of <F(x) + alpha x, grad> for x, and those of the side tensors and parameters."""
+        inputs, f, done.f = [done.x, *done.side, *self.parameters], done.f, None
+        assert f is not None
+        found: Iterator[Tensor | None] = iter(())
+        if f.requires_grad:
+            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
+            del f  # its values are not needed to differentiate it
+            with hooks_suspended(self.parameters):
+                wanted = [t for t in inputs if t.requires_grad]
+                found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
+            del edge, grad_f
+        grad_x, *rest = [next(found, None) if t.requires_grad else None for t in inputs]
+        if done.x.requires_grad and self.alpha != 0:
+            # rounded as plain autograd rounds, so that the gradient is bitwise that of `store=True`
+            grad_x = grad * self.alpha if grad_x is None else (grad * self.alpha).add_(grad_x)
+        return grad_x, rest
+
+    def differentiate_in_chunks(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """F(x), and the gradients as from `differentiate`. Called without gradients."""
+        assert self.chunks is not None
+        self.refuse_changes()
+        x = x.detach().requires_grad_(self.needs[0])
+        watch = functools.partial(refuse_foreign, name=self.name)
+        with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
+            with hooks_suspended(self.parameters):
+                f, grad_x, of_parameters = differentiate(
+                    self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch
+                )
+        return f, grad_x, [*[None] * len(self.tensor_at), *of_parameters]
+
+    def remember(self) -> None:
+        """What must be the same when the branch is recomputed."""
+        self.versions = [parameter._version for parameter in self.parameters]
+        self.modes = modes_of(self.branch.modules)
+
+    def refuse_changes(self) -> None:
+        """RuntimeError for what has changed since `remember`."""
         for parameter, version in zip(self.parameters, self.versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(
                     f"a parameter of branch {self.name}, shape {tuple(parameter.shape)}, was changed in place between "
                     "forward and backward, so the branch cannot be recomputed; step the optimizer after backward"
                 )
+        if self.modes != modes_of(self.branch.modules):
+            raise RuntimeError(
+                f"modules of branch {self.name} were switched between training and evaluation mode after forward, so "
+                "the branch would be recomputed as another function; call model.train() or model.eval() after backward"
+            )
 
-    def surroundings(self) -> ExitStack:
+    def surroundings(self, *, first: bool = False) -> ExitStack:
         """The contexts in which the branch is computed, the first time and again."""
         with ExitStack() as stack:
             if not self.stored:
                 # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not
                 # for it
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, _without_graph))
+                unpack = functools.partial(_caught, self.name) if first else _without_graph
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, unpack))
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
                 stack.enter_context(torch.autocast(**self.autocast, cache_enabled=False))
@@ -173,28 +244,22 @@ class DualResidual(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else the integer stream gets a gradient of zeros, as large as itself
         states = rng.record(x) if node.recording else {}
         buffers = buffer_versions(node.branch.modules)
-
-        def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            # under grad, like the recomputation, because other kernels may be chosen without; the graph is dropped at
-            # once
-            graph = node.exact and node.recording
-            with torch.set_grad_enabled(graph):
-                return node.call(x.detach().requires_grad_(graph and ctx.needs_input_grad[1]), side).detach(), x
-
-        if node.exact and node.index == 0:
-            f, x = node.first(run, x.detach(), n, grid)  # the caller's x is not on the grid yet
+        needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
+        if node.exact and node.index == 0:  # the caller's x is not on the grid yet
+            f, x = node.first(lambda on_grid: (node.run(on_grid, side, needs), on_grid), x.detach(), n, grid)
         else:
-            f, x = run(x)
+            f = node.run(x, side, needs)
         refuse_changed_buffers(node.name, buffers)
         if node.recording:
             node.random = rng.drawn(states, x)
-            node.versions = [parameter._version for parameter in node.parameters]
-            node.needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
+            node.needs = needs
+            node.remember()
             ctx.node = node
         if not node.exact:
+            check = f.abs().sum() if node.recording and node.coarse is not None else None
             following = coupling.step(f, x, previous, node.alpha, node.beta)
             if node.recording:
-                ctx.save_for_backward(*own, *((following, x, *common) if node.keeps else ()))
+                ctx.save_for_backward(check, None, *own, *((following, x, *common) if node.keeps else ()))
             return following
         q, size = exact.quantise(f, x, node.alpha, grid, out=f if node.chunks is not None else None)
         del f, x
@@ -213,72 +278,69 @@ class DualResidual(torch.autograd.Function):
                 "Call without create_graph=True, or convert with store=True"
             )
         node: Node = ctx.node
-        tape = node.tape
-        saved = list(ctx.saved_tensors)
-        check, words = (saved.pop(0), saved.pop(0)) if node.exact else (None, None)
-        own = [saved.pop(0) for _ in node.tensor_at] if node.own_side else []
-        num_streams = 3 if node.exact else 2
-        if node.keeps:
-            streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
-        elif tape.index == node.index:
-            streams, owned = tape.streams, tape.owned
-        else:
-            raise RuntimeError(
-                f"backward entered a reversible sequence at branch {node.name}, before its end, where no streams are "
-                "kept; let the loss depend on the sequence's output, or convert with store=True"
-            )
-        tape.index, tape.streams = None, ()
-        x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
-        grad = torch.zeros_like(x) if grad is None else grad
+        taken = _take_streams(node, list(ctx.saved_tensors))
+        grad = torch.zeros_like(taken.x) if grad is None else grad
         if node.chunks is None:
-            done = node.recompute(x, own if node.own_side else tape.side)
-            x_in, side, f = done.x, done.side, done.f
-            del done
+            done = node.recompute(taken.x, taken.side)
+            _rebuild(node, taken, done.f.detach())
+            grad_x, rest = node.differentiate(done, grad)
         else:
-            node.refuse_changed_parameters()
-            x_in = x.detach().requires_grad_(node.needs[0])
-            with torch.enable_grad(), rng.replay(node.random, x), StatisticsKept(node.branch.modules):
-                f, grad_x, of_parameters = differentiate(
-                    node.chunks, x_in, grad, node.dtype, node.alpha, node.parameters, node.surroundings
-                )
-            del x_in
-
-        if node.exact:
-            q, _ = exact.quantise(f.detach(), x, node.alpha, streams[2], out=f if node.chunks is not None else None)
-            del x
-            if not isinstance(q, FakeTensor):
-                tape.checks.append((node.name, torch.eq(exact.checksum(q), check).all()))
-            if node.inverts:
-                tape.streams = (streams[1], exact.invert(q, streams[0], words, node.beta), streams[2])
-            del q
-        elif node.inverts:
-            out = streams[0] if owned else f if node.chunks is not None else None
-            tape.streams = (x, coupling.invert(f.detach(), x, streams[0], node.alpha, node.beta, out))
-        if node.inverts:
-            tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
-        else:
-            _verify(tape)
-        del streams, saved, words
-
-        if node.chunks is None:
-            wanted = [t for t in (x_in, *side, *node.parameters) if t.requires_grad]
-            found = iter(())
-            if f.requires_grad:
-                edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
-                del f  # its values are not needed to differentiate it
-                found = iter(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
-                del edge, grad_f
-            grad_x, *results = [next(found, None) if t.requires_grad else None for t in (x_in, *side, *node.parameters)]
-            if x_in.requires_grad and node.alpha != 0:
-                # rounded as plain autograd rounds, so that the gradient is bitwise that of `store=True`
-                grad_x = grad * node.alpha if grad_x is None else (grad * node.alpha).add_(grad_x)
-        else:
+            f, grad_x, rest = node.differentiate_in_chunks(taken.x, grad)
+            _rebuild(node, taken, f, out=f)
             del f
-            results = [*[None] * len(node.tensor_at), *of_parameters]
         grad_previous = None
         if ctx.needs_input_grad[1] and ctx.needs_input_grad[2] and node.beta != 0:
             grad_previous = grad if node.beta == 1 else grad * float(node.beta)
-        return None, grad_x, grad_previous, None, None, None, *results
+        return None, grad_x, grad_previous, None, None, None, *rest
+
+
+def _take_streams(node: Node, saved: list[Tensor | None]) -> Taken:
+    """The streams at this node: its own, if it keeps them, else what the node behind it has handed on."""
+    tape = node.tape
+    check, words = saved.pop(0), saved.pop(0)
+    own = [saved.pop(0) for _ in node.tensor_at] if node.own_side else []
+    num_streams = 3 if node.exact else 2
+    if node.keeps:
+        streams, tape.side, owned = tuple(saved[:num_streams]), saved[num_streams:], False
+    elif tape.index == node.index:
+        streams, owned = tape.streams, tape.owned
+    else:
+        raise RuntimeError(
+            f"backward entered a reversible sequence at branch {node.name}, before its end, where no streams are "
+            "kept; let the loss depend on the sequence's output, or convert with store=True"
+        )
+    tape.index, tape.streams = None, ()
+    x = exact.decode(streams[1], streams[2]) if node.exact else streams[1]
+    return Taken(streams, owned, x, own if node.own_side else tape.side, check, words)
+
+
+def _rebuild(node: Node, taken: Taken, f: Tensor, out: Tensor | None = None) -> None:
+    """Compare F with what it was, rebuild x_{i-2} from it, and hand (x_{i-1}, x_{i-2}) on to node i - 1.
+
+    `out`, of x's layout, may be overwritten.
+    """
+    tape, streams, x = node.tape, taken.streams, taken.x
+    taken.streams, taken.x = (), None
+    if node.exact:
+        q, _ = exact.quantise(f, x, node.alpha, streams[2], out=out)
+        del x
+        if not isinstance(q, FakeTensor):
+            tape.checks.append((node.name, torch.eq(exact.checksum(q), taken.check).all()))
+        if node.inverts:
+            tape.streams = (streams[1], exact.invert(q, streams[0], taken.words, node.beta), streams[2])
+    else:
+        if taken.check is not None and not isinstance(f, FakeTensor):
+            size = f.abs().sum()
+            tape.checks.append(
+                (node.name, (size - taken.check).abs() <= node.coarse * torch.maximum(size, taken.check))
+            )
+        if node.inverts:
+            out = streams[0] if taken.owned else out
+            tape.streams = (x, coupling.invert(f, x, streams[0], node.alpha, node.beta, out))
+    if node.inverts:
+        tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
+    else:
+        _verify(tape)
 
 
 def _verify(tape: Tape) -> None:
@@ -289,10 +351,20 @@ def _verify(tape: Tape) -> None:
     same = torch.stack([equal for _, equal in checks]).tolist()
     if not all(same):
         raise RuntimeError(
-            f"branch {checks[same.index(False)][0]} did not compute the same twice, so the streams cannot be rebuilt; "
-            "make it deterministic (torch.use_deterministic_algorithms(True), no state of its own), or convert with "
-            "inversion='anchored'"
+            f"branch {checks[same.index(False)][0]} did not compute in backward what it computed in forward, so the "
+            "streams, and with them the gradients, are wrong. Likely causes: an adapter was switched, a hook put on or "
+            "taken off, or an attribute changed between forward and backward; a state of its own (a cache, a counter); "
+            "kernels that are not deterministic (try torch.use_deterministic_algorithms(True)). Keep the model as it "
+            "was until backward is done, or leave the block out of the conversion"
         )
+
+
+def _caught(name: str, tensor: Tensor) -> Tensor:
+    """In place of what the first run of a branch saved: that is differentiated only through a tensor caught in it."""
+    raise RuntimeError(
+        f"a loss depends on a tensor caught inside branch {name} of a reversible sequence (by a hook, say), whose "
+        "gradient would not reach the layers before it. Use the output of a block, or convert with store=True"
+    )
 
 
 def version_of(tensor: Tensor) -> int | None:

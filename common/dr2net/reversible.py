@@ -30,12 +30,16 @@ from dr2net import coupling, exact
 from dr2net.branches import Branch, find_branches, refuse_uncovered
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
+from dr2net.foreign import refuse_arguments, refuse_sharded
 from dr2net.grid import PRECISION_BITS, Rows, grid_of, rows_of
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 from dr2net.patches import CONVERT_AGAIN, refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
 
 if TYPE_CHECKING:
     from dr2net.sequence import ReversibleSequence
+
+
+COARSE = 0.05  # relative change of sum |F| in a recomputation that is still taken for rounding
 
 
 class Pass:
@@ -130,6 +134,7 @@ class Pass:
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
         sequence.computed_in = computed_in
         self.every = self.length
+        self.coarse: float | None = COARSE
         if self.beta == 0:
             self.every = 1
         elif sequence.inversion == "anchored":
@@ -137,6 +142,7 @@ class Pass:
             self.every = sequence.anchor_every or spacing or self.length
         elif sequence.inversion == "float" and torch.is_grad_enabled() and not sequence.store:
             error = predicted_error(sequence.alpha, self.beta, self.length, computed_in)
+            self.coarse = COARSE if error < COARSE else None  # else the rebuilt streams themselves are off
             if error > sequence.tolerance:
                 warnings.warn(
                     # no coefficients: they may move at each step, and Python shows each text once
@@ -164,6 +170,10 @@ class Pass:
         differentiable = any(t.requires_grad for t in (self.x, self.previous, *side, *parameters))
         position = self.index
         keeps = (position + 1) % self.every == 0 or position + 1 == self.length
+        recording = torch.is_grad_enabled() and differentiable and not self.sequence.store
+        if recording:
+            refuse_arguments(flat, name)
+            refuse_sharded(parameters, name)
         node = Node(
             tape=self.tape,
             branch=branch,
@@ -175,7 +185,7 @@ class Pass:
             rows=self.rows,
             largest=self.largest,
             stored=self.sequence.store,
-            recording=torch.is_grad_enabled() and differentiable and not self.sequence.store,
+            recording=recording,
             keeps=keeps,
             inverts=position > 0 and position % self.every != 0 and self.x.requires_grad,
             arguments=[None if isinstance(value, Tensor) else value for value in flat],
@@ -185,6 +195,7 @@ class Pass:
             structure=structure,
             dtype=self.dtype,
             parameters=parameters,
+            coarse=self.coarse,
             chunks=branch.chunks(self.x, args, named, self.sequence.chunk_mib),
         )
         if self.sequence.store:

@@ -1,0 +1,93 @@
+"""What a branch uses beside its input and its own parameters: found in its graph, and refused, since nobody would
+return its gradient.
+
+    refuse_foreign(f, known, name)        after a branch was recomputed: does its graph reach anything else that trains?
+    refuse_arguments(values, name)        before it is recorded: objects that remember would be written to twice
+    with hooks_suspended(parameters)      a user's hooks on parameters run once, on the gradient that autograd sums
+
+Not here: buffers, which may not move twice (`module_state.py`), randomness (`rng.py`).
+"""
+
+import enum
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = (
+    "FullyShardedDataParallel, DataParallel and torch.func.functional_call put other tensors in the place of "
+    "parameters: use DistributedDataParallel, or fully_shard on whole blocks or the whole model"
+)
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, enum.Enum, slice, range),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    *(type, types.FunctionType, types.BuiltinFunctionType),
+)
+
+
+def refuse_foreign(f: Tensor, known: Iterable[Tensor], name: str) -> None:
+    """RuntimeError if the graph of `f`, what branch `name` computed, reaches a leaf that is not among `known`.
+
+    Tensors of `known` that are no leaves are not looked behind.
+    """
+    known = list(known)
+    leaves = {id(tensor) for tensor in known}
+    edges = {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None}
+    ends, seen = [f.grad_fn], set()
+    while ends:
+        node = ends.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of AccumulateGrad
+        if isinstance(variable, Tensor) and id(variable) not in leaves:
+            raise RuntimeError(
+                f"branch {name} uses a tensor that trains, of shape {tuple(variable.shape)}, which none of its modules "
+                "holds, so its gradient would be lost. Name what holds it where the branch is registered, as in "
+                f"Branch(..., modules=(block.mlp, model.gate)). {WRAPPERS}"
+            )
+        ends += [following for following, number in node.next_functions if (following, number) not in edges]
+
+
+def refuse_sharded(parameters: Sequence[nn.Parameter], name: str) -> None:
+    """RuntimeError for parameters that are sharded when the branch runs: what it uses is then something else."""
+    if any(hasattr(parameter, "_local_tensor") for parameter in parameters):
+        raise RuntimeError(
+            f"parameters of branch {name} are sharded (DTensor) while it runs, so its gradients would be lost: use "
+            "fully_shard on the whole model or on whole blocks, not on the modules inside a block"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise RuntimeError(
+            f"parameters of branch {name} are partitioned by DeepSpeed ZeRO-3, which empties them between forward and "
+            "backward: use ZeRO-1 or ZeRO-2, or PyTorch's fully_shard on whole blocks"
+        )
+
+
+def refuse_arguments(values: Iterable[Any], name: str) -> None:
+    """ValueError for an argument of a block that is neither a tensor nor a plain value."""
+    for value in values:
+        if not isinstance(value, (Tensor, *PLAIN)):
+            raise ValueError(
+                f"branch {name} is called with a {type(value).__name__}, which it may change and would change again "
+                "when it is recomputed in backward. Train without it (a key-value cache of transformers: "
+                "use_cache=False), or run the model under torch.no_grad()"
+            )
+
+
+@contextmanager
+def hooks_suspended(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, hooks that a user registered on a parameter's gradient do not run.
+
+    A branch's gradients are computed apart and returned to autograd, which runs the hooks, once, on the sum.
+    """
+    taken = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in taken:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in taken:
+            parameter._backward_hooks = hooks
