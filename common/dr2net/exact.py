@@ -200,7 +200,7 @@ def _words(values: Tensor, bits: int) -> Tensor:
 
 def _slabs(*streams: Tensor) -> Iterator[tuple[Any, ...]]:
     """Slabs of tensors that lie in memory alike, without gaps: the columns of their words, then a flat view of each."""
-    assert len({(stream.shape, stream.stride()) for stream in streams}) == 1
+    assert len({_layout(stream) for stream in streams}) == 1
     size = streams[0].numel()
     flat = [stream.as_strided((size,), (1,)) for stream in streams]
     starts: Sequence[int] = range(0, size, SLAB)
@@ -209,6 +209,11 @@ def _slabs(*streams: Tensor) -> Iterator[tuple[Any, ...]]:
     for start in starts:
         stop = min(start + SLAB, size)
         yield slice(start // WORD, -(-stop // WORD)), *(view[start:stop] for view in flat)
+
+
+def _layout(stream: Tensor) -> tuple[tuple[int, int], ...]:
+    """Sizes and strides; those of dimensions of one element, which mean nothing and differ freely, left out."""
+    return tuple((size, stride) for size, stride in zip(stream.shape, stream.stride(), strict=True) if size != 1)
 
 
 def _columns(flat: Tensor) -> Tensor:
