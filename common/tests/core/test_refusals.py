@@ -168,7 +168,7 @@ def test_a_branch_that_is_not_deterministic_is_named() -> None:
     calls = itertools.count()
     blocks = sequence_of(lambda b, x: b.linear(x) + (1e-3 * next(calls) if b is blocks[1] else 0))
     loss = blocks(x32().requires_grad_()).sum()
-    with pytest.raises(RuntimeError, match=r"branch 1\.only did not compute the same twice"):
+    with pytest.raises(RuntimeError, match=r"branch 1\.only did not compute in backward what"):
         loss.backward()
 
 
@@ -177,7 +177,7 @@ def test_a_branch_that_shuffles_tokens_anew_is_found() -> None:
     turns = itertools.count()
     blocks = sequence_of(lambda b, x: b.linear(x).roll(next(turns), 1) if b is blocks[1] else b.linear(x))
     loss = blocks(x32().requires_grad_()).sum()
-    with pytest.raises(RuntimeError, match="did not compute the same twice"):
+    with pytest.raises(RuntimeError, match="did not compute in backward what"):
         loss.backward()
 
 
