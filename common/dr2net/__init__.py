@@ -14,6 +14,7 @@ from dr2net.gradient_check import GradientError, gradient_error
 from dr2net.options import Options
 from dr2net.schedule import Schedule
 from dr2net.sequence import ReversibleSequence
+from dr2net.verify import Verification, verify
 
 __all__ = [
     "Branch",
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "ReversibleSequence",
     "Schedule",
+    "Verification",
     "anchor_spacing",
     "branches_of",
     "checkpoint_blocks",
@@ -31,4 +33,5 @@ __all__ = [
     "growth",
     "predicted_error",
     "set_coefficients",
+    "verify",
 ]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path as FilePath
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +228,13 @@ def _check(options: argparse.Namespace) -> None:
     progresses = (0.0, 0.25, 0.5, 0.75, 1.0) if coefficients.start != coefficients.end else (0.0,)
     batch = torch.randn(shape)
     model = find_model(options.model, pretrained=options.pretrained)()
+    loss = functools.partial(loss_of, precision=options.precision)
+    _say("verifying")
+    dr2net.convert(model)
+    coefficients.apply(model, 0.0)
+    verification = _explained(lambda _: _quietly(dr2net.verify, model, batch, loss), options.model)(shape)
+    dr2net.set_coefficients(model, 1, 0)
+    dr2net.deconvert(model)
     columns: dict[str, list[str]] = {}
     of_grid: list[str] = []
     for inversion in INVERSIONS:
@@ -237,8 +244,7 @@ def _check(options: argparse.Namespace) -> None:
             coefficients.apply(model, progress)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
-                loss = functools.partial(loss_of, precision=options.precision)
-                error, grid = _explained(lambda _, loss=loss: _error_of(model, batch, loss), options.model)(shape)
+                error, grid = _explained(lambda _: _error_of(model, batch, loss), options.model)(shape)
                 columns.setdefault(inversion, []).append(error)
                 if inversion == "exact":
                     of_grid.append(grid)
@@ -254,6 +260,14 @@ def _check(options: argparse.Namespace) -> None:
         errors = [columns[name][index] for name in INVERSIONS]
         rows.append((f"{progress:.2f}", f"{alpha:.4g}", f"{beta:.4g}", *errors, of_grid[index]))
     print_table(("progress", "alpha", "beta", *INVERSIONS, "grid"), rows)
+    print("verified at the first of them:", verification, sep="\n")
+
+
+def _quietly(function: Callable[..., T], *arguments: Any) -> T:
+    """Without warnings, where what they would say is printed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments)
 
 
 def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> tuple[str, str]:

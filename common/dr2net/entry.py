@@ -38,6 +38,8 @@ class Entry:
                 f"the container of this {type(block).__name__} is gone, so it is in no reversible sequence; keep the "
                 "converted model, or call dr2net.deconvert(model) before taking blocks out of it"
             )
+        if sequence.plain:
+            return type(block).forward(block, *args, **named)
         x, args, named = _input(block, args, named)
         return sequence.call_block(block, x, args, named)
 

@@ -56,6 +56,7 @@ class ReversibleSequence(nn.Module):
         self.coefficients = Coefficients()
         self.ran = 0
         self.computed_in = torch.float32
+        self.plain = False
         self.returns: dict[str, Returned | None] = {}
         for block in self._modules.values():
             if find_branches(block)[0]:
@@ -162,6 +163,7 @@ class ReversibleSequence(nn.Module):
 
 STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
 STATE += ("ran", "computed_in")  # in the last pass
+STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 
 
 def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:
