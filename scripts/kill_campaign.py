@@ -186,7 +186,9 @@ def result_of(output: Path) -> dict[str, Any]:
     record["config"]["run"].pop("output")
     state = {name: value for name, value in found.state.items() if name not in (*TIMES, "config")}
     files = sorted(path.name.split("-")[0] for path in folder.rglob("*") if "tensorboard" not in str(path))
-    numbers = {name: record[name] for name in ("metrics", "curve", "guard", "config", "sources", "inputs", "device")}
+    numbers = {
+        name: record[name] for name in ("metrics", "curve", "gradient_checks", "config", "sources", "inputs", "device")
+    }
     return {"tensors": found.tensors, "state": state, "record": numbers, "files": files}
 
 

@@ -23,14 +23,14 @@ def folder(tmp_path: Path) -> Path:
         memory={"source": "measured", "activations": 300 * MIB},
         seconds={"step": 0.25},
         device="cpu",
-        guard=[],
+        gradient_checks=[],
         curve=[],
     )
     errors = [{"epoch": epoch, "alpha": 1.0, "beta": 0.1, "error": error} for epoch, error in enumerate((0.0, 2e-7))]
     records = []
     for place, name in enumerate(table_schedule.SETTING_ROWS):
         config = ROWS[name]()
-        run = replace(first, row=name, method=config.finetuning.method, guard=[] if place == 0 else errors)
+        run = replace(first, row=name, method=config.finetuning.method, gradient_checks=[] if place == 0 else errors)
         run = replace(run, memory={**first.memory, "peak": (500 + place) * MIB})
         for seed in (0, 1, 2):
             settings = to_json(replace(config, run=replace(config.run, seed=seed)))

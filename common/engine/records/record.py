@@ -42,7 +42,7 @@ class Record:
         str, Any
     ]  # source ("measured", "predicted"), peak, parameters, gradients, optimizer, activations, device, process
     seconds: dict[str, float]  # step (median), training, loading, evaluation (sums)
-    guard: list[dict[str, float]]  # per measurement: epoch, alpha, beta, error
+    gradient_checks: list[dict[str, float]]  # per measurement: epoch, alpha, beta, error
     curve: list[dict[str, float]]  # per epoch: losses, learning rate, metrics
     config: dict[str, Any]
     command: str
@@ -60,7 +60,7 @@ def build_record(
     memory: dict[str, Any],
     seconds: dict[str, float],
     device: str,
-    guard: list[dict[str, float]],
+    gradient_checks: list[dict[str, float]],
     curve: list[dict[str, float]],
     status: Status | None = None,
     inputs: Mapping[str, str] | None = None,
@@ -84,7 +84,7 @@ def build_record(
         metrics=metrics,
         memory=memory,
         seconds=seconds,
-        guard=guard,
+        gradient_checks=gradient_checks,
         curve=curve,
         config=to_json(config),
         command=command_line(),

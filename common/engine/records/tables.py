@@ -50,7 +50,7 @@ class Line:
     activations: float | None
     predicted: bool  # memory from the planner, not from a run
     step_seconds: float | None
-    gradient_error: float | None  # largest that the guard saw
+    gradient_error: float | None  # largest that was measured
 
 
 def summarise(runs: list[Record]) -> Line:
@@ -62,7 +62,7 @@ def summarise(runs: list[Record]) -> Line:
     peaks = [run.memory for run in runs if run.memory]
     heaviest = max(peaks, key=lambda memory: memory["peak"]) if peaks else None
     steps = [run.seconds["step"] for run in runs if "step" in run.seconds]
-    errors = [entry["error"] for run in runs for entry in run.guard]
+    errors = [entry["error"] for run in runs for entry in run.gradient_checks]
     return Line(
         row=first.row,
         group=group,
@@ -167,7 +167,7 @@ def readme(results: Path) -> str:
         "Metrics: mean over seeds, of the first also the standard deviation. Memory: peak bytes of live tensors in one "
         'optimizer step at the row\'s micro batch, on the device of the Record; "predicted" is counted with fake '
         "tensors, without a run. Gradient error: largest relative error of the reversible gradient against stored "
-        "activations that the guard measured; a dash for methods that do not invert. Status: `tiny` and `partial` rows "
+        "activations that was measured; a dash for methods that do not invert. Status: `tiny` and `partial` rows "
         "are not comparable with published numbers; `not run` rows were only planned.",
     ]
     for task in [*published["tasks"], *sorted(folders - published["tasks"].keys())]:

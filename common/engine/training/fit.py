@@ -144,7 +144,7 @@ def _fit(
             if checked and in_epoch == 0 and epoch % finetuning.check_every_epochs == 0:
                 set_seed(run.seed, 1 + number, rank)
                 state.alpha, state.beta = set_coefficients(model, finetuning, number / total_steps)
-                state.guard.append(check_gradient(model, check_batch, finetuning, epoch, state, log))
+                state.gradient_checks.append(check_gradient(model, check_batch, finetuning, epoch, state, log))
 
             # The boundary of a step: all that a step depends on is set here.
             set_seed(run.seed, 1 + number, rank)
@@ -211,7 +211,7 @@ def _fit(
         memory={"source": "measured", **state.memory, "process": process_peak()},
         seconds={"step": step_seconds, **state.seconds},
         device=", then ".join(state.devices),
-        guard=state.guard,
+        gradient_checks=state.gradient_checks,
         curve=state.curve,
         inputs=origin.inputs,
     )

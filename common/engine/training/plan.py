@@ -44,7 +44,7 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
         memory={"source": "predicted", **predicted},
         seconds={},
         device="predicted",
-        guard=[],
+        gradient_checks=[],
         curve=[],
         status="not run",
     )

@@ -31,7 +31,7 @@ class State:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     evaluated: int = 0  # the step of it
     curve: list[dict[str, float]] = field(default_factory=list)  # per epoch: losses, learning rate, metrics
-    guard: list[dict[str, float]] = field(default_factory=list)  # per gradient check
+    gradient_checks: list[dict[str, float]] = field(default_factory=list)  # per gradient check
     memory: dict[str, Any] | None = None  # of the step with the highest peak
     seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "loading": 0.0, "evaluation": 0.0})
     durations: list[float] = field(default_factory=list)  # seconds of the last steps

@@ -1,4 +1,4 @@
-"""The loop: recipe, methods, guard, and what stops a run."""
+"""The loop: recipe, methods, gradient check, and what stops a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -158,8 +158,8 @@ def test_every_method_trains_and_leaves_a_record(tmp_path, method):
     assert record.memory["peak"] > record.memory["parameters"] > 0
     assert record.seconds["step"] > 0
     assert record.status == "tiny"
-    assert len(record.guard) == (2 if method in SCHEDULES else 0)
-    assert all(entry["error"] < 1e-5 for entry in record.guard)  # exact inversion in float32: rounding only
+    assert len(record.gradient_checks) == (2 if method in SCHEDULES else 0)
+    assert all(entry["error"] < 1e-5 for entry in record.gradient_checks)  # exact inversion in float32: rounding only
     assert results.read_record(results.run_folder(config) / "record.json") == record
     assert set(final_weights(config)) == set(Toy().state_dict())
 
@@ -214,7 +214,7 @@ def test_the_coefficients_follow_the_schedule_and_are_restored_for_prediction(tm
     moving = {"method": "dr2net", "schedule": Schedule((0.75, 0.25), (0.25, 0.75), until=0.5)}
     config = toy_config(tmp_path, {"finetuning": moving, "optimization": {"epochs": 2}})
     record = train(config)
-    assert [(entry["alpha"], entry["beta"]) for entry in record.guard] == [(0.75, 0.25), (0.25, 0.75)]
+    assert [(entry["alpha"], entry["beta"]) for entry in record.gradient_checks] == [(0.75, 0.25), (0.25, 0.75)]
     assert (record.curve[0]["alpha"], record.curve[0]["beta"]) == pytest.approx((0.375, 0.625))
     model = Toy()
     state = load_trained(model, config.finetuning, results.run_folder(config) / "checkpoint")
@@ -275,7 +275,7 @@ def test_a_noisy_inversion_is_reported_or_stops_the_run(tmp_path, capsys):
     options = Options(inversion="float", tolerance=1e-9)
     noisy = {"method": "dr2net", "options": options, "schedule": Schedule.constant(1.0, 0.015625)}
     record = train(toy_config(tmp_path / "warn", {"finetuning": noisy, "optimization": {"epochs": 1}}))
-    assert record.guard[0]["error"] > 1e-9
+    assert record.gradient_checks[0]["error"] > 1e-9
     assert "warning: gradient error" in capsys.readouterr().out
     with pytest.raises(FloatingPointError, match="above the tolerance 1e-09 .*alpha 1, beta 0.015625"):
         train(toy_config(tmp_path / "stop", {"finetuning": {**noisy, "stop_above_tolerance": True}}))
@@ -315,7 +315,7 @@ def test_a_resumed_run_finds_the_same_gradient_errors(tmp_path):
     whole, short = (toy_config(tmp_path / name, {**noisy, "optimization": {"epochs": 2}}) for name in "ab")
     train(replace(short, run=replace(short.run, max_steps=4, evaluate_every_epochs=None)))
     torch.rand(7)
-    resumed, undisturbed = train(short).guard, train(whole).guard
+    resumed, undisturbed = train(short).gradient_checks, train(whole).gradient_checks
     assert resumed == undisturbed and len(resumed) == 2 and resumed[0]["error"] > 0
 
 

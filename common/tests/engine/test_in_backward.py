@@ -49,7 +49,7 @@ def test_weights_are_bit_for_bit_those_of_the_ordinary_step(tmp_path: Path, meth
     ours, ordinary = (config_of(tmp_path / str(on), method, on) for on in (True, False))
     record, expected = train(ours), train(ordinary)
     assert_same_end(ours, ordinary)
-    assert (record.curve, record.guard) == (expected.curve, expected.guard)
+    assert (record.curve, record.gradient_checks) == (expected.curve, expected.gradient_checks)
 
 
 def test_a_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:

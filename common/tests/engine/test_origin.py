@@ -249,7 +249,7 @@ def test_a_run_is_not_called_ended_at_a_step_that_was_never_evaluated(tmp_path):
 
 def test_no_record_is_written_without_metrics(tmp_path):
     config = toy_config(tmp_path)
-    facts = {"metrics": {}, "memory": {}, "seconds": {}, "device": "cpu", "guard": [], "curve": []}
+    facts = {"metrics": {}, "memory": {}, "seconds": {}, "device": "cpu", "gradient_checks": [], "curve": []}
     with pytest.raises(ValueError, match="toy_vit_conventional has no metrics"):
         results.write_record(results.build_record(config, **facts), tmp_path)
     assert not (tmp_path / "record.json").exists()

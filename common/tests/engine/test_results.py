@@ -28,7 +28,7 @@ def make_record(tmp_path: Path, method: str = "dr2net", seed: int = 0, accuracy:
         memory={"source": "measured", "peak": peak, "activations": peak // 2},
         seconds={"step": 0.25, "training": 10.0},
         device="cpu",
-        guard=[{"epoch": 0, "alpha": 1.0, "beta": 0.1, "error": 3e-7}]
+        gradient_checks=[{"epoch": 0, "alpha": 1.0, "beta": 0.1, "error": 3e-7}]
         if method in ("dr2net", "dr2net_dynamic")
         else [],
         curve=[{"epoch": 1, "loss": 0.1}],
@@ -38,7 +38,9 @@ def make_record(tmp_path: Path, method: str = "dr2net", seed: int = 0, accuracy:
 def planned(record: Record) -> Record:
     """The same row at paper scale: never run, memory predicted."""
     memory = {"source": "predicted", "peak": 7000 * MIB, "activations": 6000 * MIB}
-    return replace(record, row="big_vit_dr2net", status="not run", metrics={}, seconds={}, guard=[], memory=memory)
+    return replace(
+        record, row="big_vit_dr2net", status="not run", metrics={}, seconds={}, gradient_checks=[], memory=memory
+    )
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_a_record_says_where_it_comes_from(tmp_path):
 def test_a_run_is_finished_only_with_the_same_config_and_code(tmp_path, monkeypatch):
     config = toy_config(tmp_path)
     record = results.build_record(
-        config, metrics={"accuracy": 1.0}, memory={}, seconds={}, device="cpu", guard=[], curve=[]
+        config, metrics={"accuracy": 1.0}, memory={}, seconds={}, device="cpu", gradient_checks=[], curve=[]
     )
     assert not results.is_finished(config)
     results.write_record(record, results.run_folder(config))
