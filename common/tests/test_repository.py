@@ -208,7 +208,7 @@ def commands(text: str) -> list[str]:
     """Command lines of the indented or fenced shell blocks, continuation lines joined, comments cut."""
     lines = text.replace("\\\n", " ").splitlines()
     stripped = [re.sub(r"\s{2,}#.*", "", line.strip().removeprefix("$ ")) for line in lines]
-    return [line for line in stripped if re.match(r"(bash|python|torchrun|dr2net) ", line)]
+    return [line for line in stripped if re.match(r"(bash|python|torchrun|dr2net) [\w-]", line)]
 
 
 @pytest.mark.parametrize("readme", readmes(), ids=relative)
