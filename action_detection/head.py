@@ -13,6 +13,7 @@ settings of its release. Unlike there, losses are normalized by the window's own
 how a batch is split. Padded times change no output at real ones. Not here: suppression of duplicates (`ops.py`).
 """
 
+import itertools
 import math
 from typing import Protocol
 
@@ -71,7 +72,7 @@ class ActionFormerHead(nn.Module):
         self.position_embedding = position_embedding
         self.label_smoothing, self.regression_weight = label_smoothing, regression_weight
         widths = [in_width] + [width] * num_embed
-        self.embed = nn.ModuleList(ConvNormReLU(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.embed = nn.ModuleList(ConvNormReLU(a, b) for a, b in itertools.pairwise(widths))
         self.stem = nn.ModuleList(Block(width, num_heads, window, drop_path) for _ in range(num_stem))
         self.branch = nn.ModuleList(Block(width, num_heads, window, drop_path, stride=2) for _ in range(num_levels - 1))
         self.neck = nn.ModuleList(ChannelNorm(width) for _ in range(num_levels))

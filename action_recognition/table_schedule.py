@@ -8,6 +8,7 @@ Stored bits are counted per element of the stream and per branch, at the moment 
 """
 
 import argparse
+import itertools
 import shlex
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
                     color=color,
                 )
     ticks = sorted({round(place) for place in places.values()})
-    for left, right in zip(ticks, ticks[1:], strict=False):
+    for left, right in itertools.pairwise(ticks):
         axes.axvline((left + right) / 2, color="#000000", alpha=0.06, linewidth=0.8)
     axes.set_xticks(ticks)
     seeds = sorted({line.num_seeds for line, _ in lines.values()})

@@ -146,7 +146,7 @@ def test_metrics_are_percent_named_by_threshold_and_independent_of_batches(confi
     # run at .8: the first of three is false, precision 0, 1/2, 2/3 at recall 0, 1/3, 2/3
     expected = {"average_mAP": (100 + 100 * (1 + 4 / 9) / 2) / 2, "mAP@0.50": 100, "mAP@0.80": 100 * (1 + 4 / 9) / 2}
     assert metrics == pytest.approx(expected)
-    assert list(metrics)[0] == "average_mAP"
+    assert next(iter(metrics)) == "average_mAP"
     assert evaluate(config, batches(windows, 3)) == metrics
     assert evaluate(config, batches(windows[::-1] + windows[:1], 2)) == metrics
     assert set(evaluate(config, []).values()) == {0.0}

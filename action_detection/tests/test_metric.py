@@ -69,7 +69,7 @@ def random_case(rng: np.random.Generator) -> tuple[Truth, Found]:
     truth = truth or [("v0", "c0", 1.0, 2.0)]
     for _ in range(rng.integers(0, 40)):
         video, label, start, end = truth[rng.integers(len(truth))]
-        start, end = np.sort([start, end] + rng.normal(0, 3, 2))
+        start, end = np.sort(np.array([start, end]) + rng.normal(0, 3, 2))
         other = rng.random() < 0.2
         video = f"v{rng.integers(num_videos + 1)}" if other else video
         label = f"c{rng.integers(num_classes + 1)}" if rng.random() < 0.2 else label
@@ -125,7 +125,7 @@ def test_each_prediction_takes_the_best_that_is_still_free_not_only_the_best():
 def test_an_action_is_found_once():
     truth, found = [("v", "a", 0, 10)], [("v", "a", 0, 10, 0.9), ("v", "a", 0, 10, 0.8)]
     assert mean_ap(truth, found, [0.5]) == [1.0]
-    assert mean_ap(truth + [("w", "a", 0, 1)], found, [0.5]) == [0.5]
+    assert mean_ap([*truth, ("w", "a", 0, 1)], found, [0.5]) == [0.5]
 
 
 def test_thresholds_are_matched_independently():
@@ -297,4 +297,4 @@ def test_thresholds_out_of_range_are_named():
 
 
 def test_the_default_thresholds_are_those_of_the_official_script():
-    assert ACTIVITYNET_TIOU == tuple(np.linspace(0.5, 0.95, 10))
+    assert tuple(np.linspace(0.5, 0.95, 10)) == ACTIVITYNET_TIOU

@@ -143,7 +143,7 @@ def test_missing_and_truncated_videos_are_named(world, tmp_path):
 
 
 def test_annotations_without_the_video_and_scores_out_of_range_are_named(world, tmp_path):
-    config, model, clip = world
+    config, _model, clip = world
     file = config.data.root / ANNOTATIONS
     assert annotated_actions(file, clip.stem.removeprefix("v_"))
     with pytest.raises(ValueError, match="has no video 'other'"):

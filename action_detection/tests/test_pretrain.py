@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from action_detection import pretrain  # noqa: E402
-from action_detection.pretrain import IGNORED, PHASES, Phase, draw_scenes, render_strips, targets_of  # noqa: E402
-from engine.backbones.video_swin import build_video_swin  # noqa: E402
-from engine.synthetic.clips import draw_clips  # noqa: E402
-from engine.synthetic.motion import MOTIONS  # noqa: E402
+from action_detection import pretrain
+from action_detection.pretrain import IGNORED, PHASES, Phase, draw_scenes, render_strips, targets_of
+from engine.backbones.video_swin import build_video_swin
+from engine.synthetic.clips import draw_clips
+from engine.synthetic.motion import MOTIONS
 
 
 def test_in_a_pause_the_object_rests_and_every_clip_moves_at_its_pace():

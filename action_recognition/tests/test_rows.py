@@ -1,6 +1,7 @@
 """Every row of the table is a complete configuration under its own name."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_coefficients_of_the_schedule_ablation(setting, expected):
 def test_alternating_moves_alpha_and_beta_in_turn():
     finetuning = row("motion_vits_dr2net_authors_alternating_04_07").finetuning
     pairs = [coefficients(finetuning, k / 1000) for k in range(1001)]
-    moves = [(a != b, c != d) for (a, c), (b, d) in zip(pairs, pairs[1:], strict=False)]
+    moves = [(a != b, c != d) for (a, c), (b, d) in itertools.pairwise(pairs)]
     moves = [move for move in moves if any(move)]
     assert moves == [(True, False), (False, True)] * 20
 

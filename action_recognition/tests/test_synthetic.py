@@ -13,7 +13,10 @@ from engine.synthetic.motion import MOTIONS, draw_track, render_clip
 from engine.synthetic.sprites import SHAPES, objects_of
 
 SMALL = Synthetic(num_train=20, num_validation=10, size=48, num_frames=(6, 8))
-PAIRS = [("moving left", "moving right"), ("moving up", "moving down"), ("approaching", "receding")] + [
+PAIRS = [
+    ("moving left", "moving right"),
+    ("moving up", "moving down"),
+    ("approaching", "receding"),
     ("turning clockwise", "turning counter-clockwise"),
 ]
 

@@ -181,11 +181,11 @@ class Node:
         self.refuse_changes()
         x = x.detach().requires_grad_(self.needs[0])
         watch = functools.partial(refuse_foreign, name=self.name)
-        with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
-            with hooks_suspended(self.parameters):
-                f, grad_x, of_parameters = differentiate(
-                    self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch
-                )
+        kept, suspended = StatisticsKept(self.branch.modules), hooks_suspended(self.parameters)
+        with torch.enable_grad(), rng.replay(self.random, x), kept, suspended:
+            f, grad_x, of_parameters = differentiate(
+                self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch
+            )
         return f, grad_x, [*[None] * len(self.tensor_at), *of_parameters]
 
     def remember(self) -> None:

@@ -265,7 +265,7 @@ def _target(archive: Path, folder: Path, name: str) -> Path:
         raise UnsafeArchive(f"{archive}: {name!r} would be written outside {folder}")
     target = folder.joinpath(*parts)
     root = folder.resolve()
-    if root not in target.parent.resolve().parents and target.parent.resolve() != root or target.is_symlink():
+    if (root not in target.parent.resolve().parents and target.parent.resolve() != root) or target.is_symlink():
         raise UnsafeArchive(f"{archive}: {name!r} passes through a link out of {folder}")
     return target
 

@@ -81,7 +81,7 @@ def random_resized_crop(
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
-        w, h = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
             return resize(clip[..., top : top + h, left : left + w], size, size)
@@ -98,7 +98,7 @@ def view_crop(clip: Tensor, size: int, crop: int, num_crops: int) -> Tensor:
     height, width = round(height * size / short), round(width * size / short)
     clip = resize(clip, height, width)
     place = crop / (num_crops - 1) if num_crops > 1 else 0.5
-    top, left = int(round((height - size) * place)), int(round((width - size) * place))
+    top, left = round((height - size) * place), round((width - size) * place)
     return clip[..., top : top + size, left : left + size]
 
 
@@ -158,7 +158,7 @@ def random_erase(video: Tensor, probability: float, rng: np.random.Generator) ->
     for _ in range(10):
         area = height * width * rng.uniform(0.02, 1 / 3)
         aspect = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
-        h, w = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
+        h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < h < height and 0 < w < width:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
             noise = rng.standard_normal((3, video.shape[1], h, w), dtype=np.float32)

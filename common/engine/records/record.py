@@ -182,7 +182,7 @@ def refuse_other_recipe(theirs: dict[str, Any], config: Any, source: Path) -> No
     """ValueError naming the settings in which a checkpoint's config differs, other than where and how it runs."""
     ours, theirs = _flatten(_recipe(to_json(config), seed=True)), _flatten(_recipe(theirs, seed=True))
     changed = [
-        f"{key}: {theirs[key] if key in theirs else 'absent'} -> {ours[key] if key in ours else 'absent'}"
+        f"{key}: {theirs.get(key, 'absent')} -> {ours.get(key, 'absent')}"
         for key in sorted(ours.keys() | theirs.keys())
         if key not in ours or key not in theirs or ours[key] != theirs[key]
     ]

@@ -132,7 +132,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name in ("step", "alpha", "beta"):  # numbers with which training and prediction go on
             value = state.get(name, 0)
             whole = name == "step"
-            assert value is None and not whole or _is_number(value, whole), f"{name} is {value!r}"
+            assert (value is None and not whole) or _is_number(value, whole), f"{name} is {value!r}"
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path}: not the state of a checkpoint ({type(error).__name__}: {error})") from error
     if state.get("format") != FORMAT:

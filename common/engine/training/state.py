@@ -111,7 +111,7 @@ def may_resume(folder: Path, config: Config, origin: Origin, last_step: int) -> 
         ended = step >= min(ends, default=last_step)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not the checkpoint of a run ({type(error).__name__}: {error})") from error
-    if changes and ended or elsewhere and step == last_step:
+    if (changes and ended) or (elsewhere and step == last_step):
         return "; ".join([*changes, *elsewhere])
     refuse_other_origin(changes, earlier, folder)
     if step > last_step or (step == last_step != kept["evaluated"]):

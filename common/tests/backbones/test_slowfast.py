@@ -14,9 +14,9 @@ from dr2net import memory
 
 pytest.importorskip("pytorchvideo")
 
-from pytorchvideo.models.slowfast import create_slowfast  # noqa: E402
+from pytorchvideo.models.slowfast import create_slowfast
 
-from engine.backbones.slowfast import SlowFast, build_slowfast  # noqa: E402
+from engine.backbones.slowfast import SlowFast, build_slowfast
 
 WIDTHS = (16, 2)
 ROUNDING = 1e-5  # float32; the streams of a converted model are rounded to a grid of about 1e-7

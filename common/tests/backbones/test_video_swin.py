@@ -12,10 +12,10 @@ import dr2net
 
 pytest.importorskip("torchvision")
 
-from torchvision.models.video import swin3d_t  # noqa: E402
-from torchvision.models.video.swin_transformer import SwinTransformer3d  # noqa: E402
+from torchvision.models.video import swin3d_t
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from engine.backbones.video_swin import SIZES, VideoSwin, build_video_swin  # noqa: E402
+from engine.backbones.video_swin import SIZES, VideoSwin, build_video_swin
 
 ROUNDING = 1e-5  # float32; the streams of a converted model are rounded to a grid of about 1e-7
 

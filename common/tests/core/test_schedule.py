@@ -1,5 +1,7 @@
 """alpha and beta along training: each path, its ends, and that nothing is remembered."""
 
+import itertools
+
 import pytest
 import torch
 from toy_blocks import build_net, converted
@@ -26,7 +28,7 @@ def test_every_path_begins_at_start_and_rests_at_end(path: str) -> None:
 def test_no_path_turns_back_or_leaves_its_range(path: str) -> None:
     schedule = Schedule(path=path, **AUTHORS)
     points = [schedule.at(i / 500) for i in range(501)]
-    for (alpha, beta), (next_alpha, next_beta) in zip(points, points[1:], strict=False):
+    for (alpha, beta), (next_alpha, next_beta) in itertools.pairwise(points):
         assert next_alpha <= alpha + 1e-12 and next_beta >= beta - 1e-12
         assert 0.4 - 1e-12 <= next_alpha <= 1 and 0.1 - 1e-12 <= next_beta <= 0.7 + 1e-12
 
@@ -38,10 +40,10 @@ def test_together_is_linear() -> None:
 def test_alternating_moves_one_at_a_time_alpha_before_beta() -> None:
     schedule = Schedule(path="alternating", stages=3, **AUTHORS)
     points = [schedule.at(i / 1000) for i in range(1001)]
-    changes = [(a != c, b != d) for (a, b), (c, d) in zip(points, points[1:], strict=False) if (a, b) != (c, d)]
+    changes = [(a != c, b != d) for (a, b), (c, d) in itertools.pairwise(points) if (a, b) != (c, d)]
     assert len(changes) in (5, 6)  # alpha's first move may be at once
     assert all(alpha != beta for alpha, beta in changes)
-    assert all(first != second for first, second in zip(changes, changes[1:], strict=False))
+    assert all(first != second for first, second in itertools.pairwise(changes))
     distinct = list(dict.fromkeys(points))
     assert distinct[1][0] < distinct[0][0] and distinct[1][1] == distinct[0][1]
 

@@ -10,10 +10,10 @@ from dr2net.chunks import Chunks, differentiate, evaluate
 
 pytest.importorskip("torchvision")
 
-from torchvision.models.swin_transformer import ShiftedWindowAttention  # noqa: E402
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d  # noqa: E402
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-from dr2net.window_attention import Windows  # noqa: E402
+from dr2net.window_attention import Windows
 
 WIDTH = 8
 TOLERANCE = 1e-5  # float32 in another order of operations

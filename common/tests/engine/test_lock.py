@@ -39,9 +39,9 @@ def hold(folder: Path) -> tuple[subprocess.Popen, int]:
 def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path):
     process, child = hold(tmp_path)
     try:
-        with pytest.raises(ValueError, match=rf"in use by process {process.pid} on {socket.gethostname()}: wait"):
-            with locked(tmp_path):
-                pass
+        message = rf"in use by process {process.pid} on {socket.gethostname()}: wait"
+        with pytest.raises(ValueError, match=message), locked(tmp_path):
+            pass
         process.send_signal(signal.SIGKILL)
         process.wait()
         os.kill(child, 0)  # the child lives and holds nothing
@@ -54,9 +54,8 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path)
 
 def test_one_process_does_not_train_the_same_folder_twice_at_a_time(tmp_path):
     with locked(tmp_path / "a"), locked(tmp_path / "b"):
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
-            with locked(tmp_path / "a"):
-                pass
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"), locked(tmp_path / "a"):
+            pass
     for _ in range(2):
         with locked(tmp_path / "a"):
             time.sleep(0)
