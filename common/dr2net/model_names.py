@@ -100,4 +100,4 @@ def _import(package: str, why: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"{package} is not installed ({why}): pip install 'dr2net[backbones]'") from error
+        raise ValueError(f"{package} is not installed ({why}): pip install 'dr2net[models]'") from error

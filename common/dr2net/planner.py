@@ -199,7 +199,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'dr2net[training]'") from error
+        raise ImportError("plots need matplotlib: pip install 'dr2net[plots]'") from error
 
     figure = Figure(figsize=(2.2 + 4.8 * len(panels), 4.2), layout="constrained")
     figure.suptitle(title, fontsize=11)

@@ -2,10 +2,13 @@
 
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -68,8 +71,8 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", core_modules(), ids=relative)
-def test_core_modules_import_only_torch_and_numpy_when_they_are_loaded(path: Path) -> None:
-    allowed = {*STANDARD_LIBRARY, "torch", "numpy", "dr2net"}
+def test_core_modules_import_only_torch_when_they_are_loaded(path: Path) -> None:
+    allowed = {*STANDARD_LIBRARY, "torch", "dr2net"}
     foreign = [name for name in imported(parse(path).body) if name.split(".")[0] not in allowed]
     assert not foreign, f"import {foreign} inside the function that needs it"
 
@@ -236,13 +239,52 @@ def test_committed_results_are_strict_json() -> None:
         json.loads(path.read_text(), parse_constant=refuse)
 
 
-def test_the_package_needs_only_torch_and_numpy() -> None:
+def test_the_package_needs_only_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {re.split(r"[<>=]", need)[0] for need in project["dependencies"]} == {"torch", "numpy"}
+    assert {re.split(r"[<>=]", need)[0] for need in project["dependencies"]} == {"torch"}
     extras = project["optional-dependencies"]
-    assert {"all", "dev", *TASKS} <= set(extras)
-    loose = [need for name, needs in extras.items() for need in needs if "==" not in need and "dr2net[" not in need]
-    assert not loose, "extras are pinned to what was tested together"
+    loose = [need for name in ("engine", "dev") for need in extras[name] if "==" not in need]
+    assert not loose, "pin the version that was tested"
+    setup = (ROOT / "scripts" / "setup.sh").read_text()
+    assert "torch==2.14.1 torchvision==0.29.1" in setup and "torchvision==0.29.1" in extras["engine"]
+
+
+def test_an_error_names_an_extra_that_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for path in [*sources(), *readmes()]:
+        for named in re.findall(r"dr2net\[([\w,]+)\]", path.read_text()):
+            assert set(named.split(",")) <= extras.keys(), f"{relative(path)}: dr2net[{named}]"
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_library_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "data", "runs", "results", "__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("dr2net-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        archive.extractall(tmp_path / "installed")
+    assert {name.split("/")[0] for name in names} == {"dr2net"} and "dr2net/py.typed" in names
+    assert not [name for name in names if "test" in name]
+    blocked = ["engine", "timm", "torchvision", "transformers", "numpy", "accelerate", "tyro"]
+    code = (
+        f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(tmp_path / 'installed')!r})\n"
+        "import dr2net, torch\nassert 'installed' in dr2net.__file__\n"
+        "class Block(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__(); self.f = torch.nn.Linear(4, 4)\n"
+        "    def forward(self, x): return x + self.f(x)\n"
+        "dr2net.branches_of.register(Block, lambda b: (dr2net.Branch('f', b.f, (b.f,)),))\n"
+        "model = torch.nn.Sequential(torch.nn.Sequential(Block(), Block()))\n"
+        "dr2net.convert(model); dr2net.set_coefficients(model, 7 / 8, 1 / 8)\n"
+        "model(torch.randn(2, 3, 4)).square().mean().backward()\n"
+        "assert model[0][0].f.weight.grad.abs().sum() > 0"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=clean)
 
 
 def test_shell_scripts_stop_at_the_first_error() -> None:

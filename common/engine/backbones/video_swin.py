@@ -20,7 +20,7 @@ try:
     from torchvision.models import get_model_weights
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 except ImportError as error:
-    raise ImportError("Video Swin needs torchvision: pip install 'dr2net[action_detection]'") from error
+    raise ImportError("Video Swin needs torchvision: pip install 'dr2net[engine]'") from error
 
 PATCH = (2, 4, 4)  # pixels per token: time, height, width
 

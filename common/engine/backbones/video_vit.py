@@ -27,7 +27,7 @@ try:
     from timm.layers import DropPath, resample_abs_pos_embed
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
-    raise ImportError("VideoViT needs timm: pip install 'dr2net[action_recognition]'") from error
+    raise ImportError("VideoViT needs timm: pip install 'dr2net[engine]'") from error
 
 
 class VideoViT(nn.Module):

@@ -20,7 +20,7 @@ try:
     from timm.layers import DropPath
     from transformers import VideoMAEConfig, VideoMAEModel
 except ImportError as error:
-    raise ImportError("VideoMAE needs transformers and timm: pip install 'dr2net[action_recognition]'") from error
+    raise ImportError("VideoMAE needs transformers and timm: pip install 'dr2net[engine]'") from error
 
 # Architectures of the public checkpoints, by the word in their name: (width, depth, heads).
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}

@@ -192,7 +192,7 @@ def _import(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"reading video needs {name}; install it with: pip install 'dr2net[video]'") from error
+        raise ImportError(f"reading video needs {name}; install it with: pip install 'dr2net[engine]'") from error
 
 
 def _key(path: Path | str) -> tuple[str, int, int]:

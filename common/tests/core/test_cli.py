@@ -166,7 +166,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(factory: str, capsys
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["plan", "--model", "vit_tiny_patch16_224", "--input", "1x3x224x224"]) == 2
-    assert "pip install 'dr2net[backbones]'" in capsys.readouterr().err
+    assert "pip install 'dr2net[models]'" in capsys.readouterr().err
 
 
 def test_models_of_every_source_are_found() -> None:
