@@ -4,13 +4,15 @@ PyAV walks the packets first (no decoding): that finds files that are no video, 
 gives the presentation time of each frame. Then decord decodes, because it is the quicker reader, where it is known to
 be right. Version 0.6.0 silently returns wrong frames where decoding cannot start afresh at each key frame (open GOP, as
 x265 makes by default), from AVI and from MPEG-4 part 2, as clips whose frames encode their index showed; it cannot read
-AV1; on broken files it may retry for minutes. In all those cases PyAV decodes. A frame's index is its rank by
-presentation time, in both readers. Not a streaming reader: one call opens, reads and closes, so that nothing is shared
-between worker processes.
+AV1; on broken files it may retry for minutes; it hides that frames change their size. In all those cases PyAV decodes,
+and where a file is to be shown turned, as phones write it: frames stand upright, height and width too. A frame's index
+is its rank by presentation time, in both readers. Not a streaming reader: one call opens, reads and closes, so that
+nothing is shared between worker processes.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -19,12 +21,16 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from engine.data.containers import UPRIGHT, Turn, look, show
+
 if TYPE_CHECKING:
     from av import Packet
     from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 Sample = TypeVar("Sample")
 
+ATTACHED_PICTURE = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 MAX_REPLACEMENTS = 20  # unusable files in a row before `read_usable` gives up
 # What decord 0.6.0 decodes rightly; anything else goes to PyAV straight away.
 DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
@@ -35,6 +41,11 @@ class BrokenVideo(ValueError):
 
     def __init__(self, path: Path | str, problem: str, remedy: str = "download or convert the file again"):
         super().__init__(f"{path}: {problem}; {remedy}")
+        self.parts = (str(path), problem, remedy)
+
+    def __reduce__(self) -> tuple[type["BrokenVideo"], tuple[str, ...]]:
+        """So that it can cross from a worker process."""
+        return BrokenVideo, self.parts
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,8 @@ class _Order:
 
     pts: list[int]  # (num_frames,) presentation times in stream units, ascending
     timed: bool  # the container's presentation times can be trusted; else frames are counted from the beginning
-    closed: bool  # decoding can start afresh at each key frame
+    closed: bool  # decoding can start afresh at each key frame, with the same picture size
+    turn: Turn  # how a stored frame is shown
 
 
 def probe(path: Path | str) -> VideoInfo:
@@ -75,11 +87,11 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
     if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= info.num_frames:
         have = f"has frames 0 to {info.num_frames - 1}"
         raise ValueError(f"{path}: {have}, asked for {wanted.tolist()}; sample inside the video")
-    if info.codec in DECORD_CODECS and order.timed and order.closed:
+    if info.codec in DECORD_CODECS and order.timed and order.closed and order.turn == UPRIGHT:
         frames = _read_decord(path, wanted, info)
         if frames is not None:
             return frames
-    return _read_av(path, wanted, order)
+    return _read_av(path, wanted, order, (info.height, info.width))
 
 
 def read_usable(
@@ -203,16 +215,31 @@ def _key(path: Path | str) -> tuple[str, int, int]:
     return str(path), status.st_mtime_ns, status.st_size
 
 
+@contextmanager
+def _blamed_on(path: Path | str, problem: str, remedy: str = "download or convert the file again") -> Iterator[None]:
+    """Whatever a file's content causes inside, also in PyAV itself, is a BrokenVideo. A full memory is not."""
+    try:
+        yield
+    except (BrokenVideo, ImportError, PermissionError):
+        raise
+    except Exception as error:
+        raise BrokenVideo(path, f"{problem} ({type(error).__name__}: {error})", remedy) from error
+
+
 def _open(path: Path | str) -> "InputContainer":
     av = _import("av")
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, ValueError) as error:
-        raise BrokenVideo(path, f"is not a readable video ({error})") from error
-    if not container.streams.video:
-        container.close()
-        raise BrokenVideo(path, "has no video stream")
-    return container
+    with _blamed_on(path, "is not a readable video"):
+        # Names in a file's tags are in any encoding; nothing here reads them.
+        return av.open(str(path), metadata_errors="replace")
+
+
+def _video_stream(container: "InputContainer", path: Path | str) -> "VideoStream":
+    """The first that is a video: not the cover of a music file."""
+    pictures = [stream for stream in container.streams.video if not stream.disposition & ATTACHED_PICTURE]
+    if not pictures:
+        problem = "is music with a cover picture, it has no video" if container.streams.video else "has no video stream"
+        raise BrokenVideo(path, problem)
+    return pictures[0]
 
 
 def _walk_packets(path: Path | str) -> tuple[VideoInfo, _Order]:
@@ -222,68 +249,88 @@ def _walk_packets(path: Path | str) -> tuple[VideoInfo, _Order]:
 
 @lru_cache(maxsize=2)  # `read_frames` follows `probe`; a two-hour video has 200,000 packets
 def _walk_file(path: str, changed: int, size: int) -> tuple[VideoInfo, _Order]:
-    av = _import("av")
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        times, durations, latest_key, timed, closed = [], [], None, "avi" not in container.format.name, True
-        try:
-            for packet in container.demux(stream):
-                if not packet.size or packet.is_discard:
-                    continue
-                if packet.is_corrupt:
-                    raise BrokenVideo(path, f"is cut short or damaged at frame {len(times)}")
-                time = packet.pts if packet.pts is not None else packet.dts
-                if time is None:
-                    time = len(times)
-                timed &= packet.pts is not None
-                if latest_key is not None:
-                    closed &= time >= latest_key and (
-                        not packet.is_keyframe or _starts_afresh(packet, context.codec.canonical_name)
-                    )
-                latest_key = time if packet.is_keyframe else latest_key
-                times.append(time)
-                durations.append(packet.duration or 0)
-        except av.error.FFmpegError as error:
-            raise BrokenVideo(path, f"is cut short or damaged after {len(times)} frames ({error})") from error
-        if not times:
-            raise BrokenVideo(path, "has no frames")
-        # mp4 declares its number of frames; fewer packets than that means the end is missing. WebM declares 0: unknown.
-        # Two are allowed for: packets that an edit list hides are not always marked.
-        if stream.frames and len(times) < stream.frames - 2:
-            raise BrokenVideo(path, f"is cut short: {len(times)} of {stream.frames} frames are in the file")
-        if not context.width or not context.height:
-            raise BrokenVideo(path, "declares no frame size")
-        order = np.argsort(np.asarray(times), kind="stable")
-        pts = [times[i] for i in order]
-        base = float(stream.time_base)
-        fps = float(stream.average_rate or 0)
-        last = durations[order[-1]] * base or (1 / fps if fps else 0.0)
-        timestamps = tuple((t - pts[0]) * base for t in pts)
-        seconds = timestamps[-1] + last
-        info = VideoInfo(
-            num_frames=len(pts),
-            fps=fps or (len(pts) / seconds if seconds else 0.0),
-            height=context.height,
-            width=context.width,
-            seconds=seconds,
-            codec=context.codec.canonical_name,
-            timestamps=timestamps,
-        )
-        return info, _Order(pts, timed and len(set(pts)) == len(pts), closed)
+    with _open(path) as container, _blamed_on(path, "is damaged"):
+        cut, turn = look(path)
+        if cut is not None:
+            raise BrokenVideo(path, f"is cut short: {cut}")
+        return _walk_stream(path, container, _video_stream(container, path), turn)
 
 
-def _starts_afresh(packet: "Packet", codec: str) -> bool:
-    """Whether a key frame resets the decoder (an IDR picture in H.264 and HEVC). False where that cannot be seen."""
-    if codec not in ("h264", "hevc"):
-        return True
+def _walk_stream(path: str, container: "InputContainer", stream: "VideoStream", turn: Turn) -> tuple[VideoInfo, _Order]:
+    context = stream.codec_context
+    codec = context.codec.canonical_name
+    # mp4 lists its frames, less those that an edit list leaves out; in other containers the list is of key frames.
+    listed = len(stream.index_entries) if "mp4" in container.format.name else 0
+    times, durations, sizes, hidden, latest_key = [], [], set(), 0, None
+    timed, closed = "avi" not in container.format.name, True
+    with _blamed_on(path, "is cut short or damaged"):
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_discard:
+                hidden += 1
+                continue
+            if packet.is_corrupt:
+                raise BrokenVideo(path, f"is cut short or damaged at frame {len(times)}")
+            time = packet.pts if packet.pts is not None else packet.dts
+            if time is None:
+                time = len(times)
+            timed &= packet.pts is not None
+            if packet.is_keyframe:
+                afresh, size = _key_frame(packet, codec)
+                sizes.add(size)
+                closed &= latest_key is None or (time >= latest_key and afresh)
+                latest_key = time
+            elif latest_key is not None:
+                closed &= time >= latest_key
+            times.append(time)
+            durations.append(packet.duration or 0)
+    if not times:
+        raise BrokenVideo(path, "has no frames")
+    if len(times) + hidden < listed:
+        raise BrokenVideo(path, f"is cut short: {len(times) + hidden} of {listed} frames are in the file")
+    if not context.width or not context.height:
+        raise BrokenVideo(path, "declares no frame size")
+    order = np.argsort(np.asarray(times), kind="stable")
+    pts = [times[i] for i in order]
+    base = float(stream.time_base)
+    fps = float(stream.average_rate or 0)
+    last = durations[order[-1]] * base or (1 / fps if fps else 0.0)
+    timestamps = tuple((t - pts[0]) * base for t in pts)
+    seconds = timestamps[-1] + last
+    height, width = (context.height, context.width) if turn[0] else (context.width, context.height)
+    info = VideoInfo(
+        num_frames=len(pts),
+        fps=fps or (len(pts) / seconds if seconds else 0.0),
+        height=height,
+        width=width,
+        seconds=seconds,
+        codec=codec,
+        timestamps=timestamps,
+    )
+    return info, _Order(pts, timed and len(set(pts)) == len(pts), closed and len(sizes) == 1, turn)
+
+
+def _key_frame(packet: "Packet", codec: str) -> tuple[bool, bytes]:
+    """Whether a key frame resets the decoder (an IDR picture in H.264 and HEVC; False where that cannot be seen), and
+    bytes that change with the picture size: its parameter set, or its header. Empty if it repeats none.
+    """
     data, start = bytes(packet), 0
+    if codec in ("vp8", "vp9"):
+        return True, data[6:10] if codec == "vp8" else data[4:9]
+    if codec not in ("h264", "hevc"):
+        return True, b""
+    idr, parameters = ((5,), 7) if codec == "h264" else ((19, 20), 33)
+    size = b""
     while start + 4 < len(data):  # units of a 4-byte length and a payload; other packings end here without a match
-        header = data[start + 4]
-        if header & 31 == 5 if codec == "h264" else header >> 1 & 63 in (19, 20):
-            return True
-        start += 4 + int.from_bytes(data[start : start + 4])
-    return False
+        kind = data[start + 4] & 31 if codec == "h264" else data[start + 4] >> 1 & 63
+        length = int.from_bytes(data[start : start + 4])
+        if kind == parameters:
+            size = data[start + 4 : start + 4 + length]
+        if kind in idr:
+            return True, size
+        start += 4 + length
+    return False, size
 
 
 def _read_decord(path: Path | str, wanted: np.ndarray, info: VideoInfo) -> np.ndarray | None:
@@ -299,28 +346,32 @@ def _read_decord(path: Path | str, wanted: np.ndarray, info: VideoInfo) -> np.nd
     return frames if frames.shape == (len(wanted), info.height, info.width, 3) else None
 
 
-def _read_av(path: Path | str, wanted: np.ndarray, order: _Order) -> np.ndarray:
+def _read_av(path: Path | str, wanted: np.ndarray, order: _Order, size: tuple[int, int]) -> np.ndarray:
     """Frames by PyAV: by presentation time from the key frame before the first, else counted from the beginning."""
-    av = _import("av")
     needed = set(wanted.tolist())
     index_of = {time: i for i, time in enumerate(order.pts)}
     for from_start in (False, True) if order.timed else (True,):  # a seek may land late in files with a bad index
         found: dict[int, np.ndarray] = {}
-        with _open(path) as container:
-            stream = container.streams.video[0]
-            try:
+        try:
+            with _open(path) as container, _blamed_on(path, "cannot be decoded", "convert it with ffmpeg to H.264"):
+                stream = _video_stream(container, path)
                 if not from_start:
                     container.seek(order.pts[min(needed)], stream=stream, backward=True)
                 for count, frame in enumerate(container.decode(stream)):
                     index = index_of.get(frame.pts) if order.timed else count
                     if index in needed:
-                        found[index] = frame.to_ndarray(format="rgb24")
+                        found[index] = show(frame.to_ndarray(format="rgb24"), order.turn)
                         if len(found) == len(needed):
                             break
-            except av.error.FFmpegError as error:
-                if from_start:
-                    problem = f"cannot be decoded ({error})"
-                    raise BrokenVideo(path, problem, "convert it to H.264, for example with ffmpeg") from error
+        except BrokenVideo:
+            if from_start:
+                raise
         if len(found) == len(needed):
-            return np.stack([found[i] for i in wanted.tolist()])
-    raise BrokenVideo(path, f"frames {sorted(needed - found.keys())[:10]} cannot be decoded")
+            break
+    if lacking := sorted(needed - found.keys()):
+        raise BrokenVideo(path, f"frames {lacking[:10]} cannot be decoded")
+    if other := {frame.shape[:2] for frame in found.values()} - {size}:
+        height, width = other.pop()
+        problem = f"has frames of several sizes, {size[1]}x{size[0]} and {width}x{height}"
+        raise BrokenVideo(path, problem, "convert it with ffmpeg to one size")
+    return np.stack([found[i] for i in wanted.tolist()])

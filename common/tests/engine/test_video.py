@@ -1,47 +1,12 @@
 """Frames by their index, whatever the reader, the codec and the timing; what is said about files that are broken."""
 
-from fractions import Fraction
-from pathlib import Path
-
 import av
 import numpy as np
 import pytest
+from toy_video import NUM_FRAMES, numbered_frames, numbers, write
 
 from engine.data import video
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
-
-NUM_FRAMES, BITS = 40, 6
-
-
-def numbered_frames(count: int = NUM_FRAMES) -> np.ndarray:
-    """Frames that carry their index as black and white columns, which survive any codec."""
-    frames = np.zeros((count, 64, 96, 3), np.uint8)
-    for t in range(count):
-        for bit in range(BITS):
-            frames[t, :, bit * 16 : (bit + 1) * 16] = 255 * (t >> bit & 1)
-    return frames
-
-
-def numbers(frames: np.ndarray) -> list[int]:
-    bits = frames[:, 32, 8::16].mean(axis=-1)[:, :BITS] > 128
-    return [int(b @ (1 << np.arange(BITS))) for b in bits]
-
-
-def write(path: Path, codec: str, options: dict[str, str], times: list[int] | None = None) -> Path:
-    """Write the numbered frames with any codec; `times` in hundredths of a second makes the frame rate variable."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(25), options=options)
-        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 100)
-        for t, picture in enumerate(numbered_frames()):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = times[t], Fraction(1, 100)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
 
 VARIABLE = [int(t) for t in np.cumsum(np.random.default_rng(0).integers(2, 12, NUM_FRAMES))]
 FILES = {
@@ -77,7 +42,7 @@ def test_both_readers_return_the_same_pictures(tmp_path):
     by_decord = video._read_decord(path, wanted, info)
     assert by_decord is not None
     # The two convert YUV to RGB by different FFmpeg versions; 3 of 255 is their rounding.
-    assert np.abs(by_decord.astype(int) - video._read_av(path, wanted, order).astype(int)).max() <= 3
+    assert np.abs(by_decord.astype(int) - video._read_av(path, wanted, order, (64, 96)).astype(int)).max() <= 3
 
 
 def test_pyav_takes_over_where_decord_fails_or_miscounts(tmp_path, monkeypatch):
