@@ -1,6 +1,6 @@
 """What the bytes of a video file say that FFmpeg's packets do not: whether its end is there, and which way up it is.
 
-    look(path) -> Structure(cut=None, turn=(0, 1, -1, 0))      # whole; a phone held upright
+    look(path) -> Structure(cut=None, turn=(0, 1, -1, 0), fragmented=False)      # whole; a phone held upright
 
 mp4 and mov (boxes), webm and mkv (elements), avi (chunks): each tells the size of its parts, so that a part that is
 longer than the rest of the file shows where the file was cut. Reads headers only. Damage of any other kind is left to
@@ -34,6 +34,7 @@ class Structure(NamedTuple):
 
     cut: str | None  # where the end is missing, or None
     turn: Turn  # (a, b, c, d), each -1, 0 or 1: stored column x and row y are shown at (a x + c y, b x + d y)
+    fragmented: bool = False  # an mp4 in pieces, each with its own times, as streaming has it
 
 
 def look(path: Path | str) -> Structure:
@@ -86,19 +87,19 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _look_mp4(file: BinaryIO, size: int) -> Structure:
-    turn, last, end = None, b"", 0
+    turn, last, end, fragmented = None, b"", 0, False
     for kind, body, stop in _boxes(file, 0, size):
         if stop > size and kind in BOXES:
-            return Structure(_missing(stop, size), turn or UPRIGHT)
+            return Structure(_missing(stop, size), turn or UPRIGHT, fragmented)
         if kind == b"moov" and turn is None:
             turn = _turn_of_mp4(file, body, stop)
+        fragmented |= kind == b"moof"
         last, end = kind, stop
-    if last == b"moof":
-        return Structure("the frames of its last fragment are missing", turn or UPRIGHT)
+    cut = "the frames of its last fragment are missing" if last == b"moof" else None
     file.seek(end)
     if 0 < size - end < 8 and any(file.read(8)):  # zeros are padding
-        return Structure("it ends inside the header of a box", turn or UPRIGHT)
-    return Structure(None, turn or UPRIGHT)
+        cut = "it ends inside the header of a box"
+    return Structure(cut, turn or UPRIGHT, fragmented)
 
 
 def _turn_of_mp4(file: BinaryIO, start: int, end: int) -> Turn:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from engine.data.containers import UPRIGHT, Turn, look, show
+from engine.data.containers import UPRIGHT, Structure, look, show
 
 if TYPE_CHECKING:
     from av import Packet
@@ -68,7 +68,7 @@ class _Order:
     pts: list[int]  # (num_frames,) presentation times in stream units, ascending
     timed: bool  # the container's presentation times can be trusted; else frames are counted from the beginning
     closed: bool  # decoding can start afresh at each key frame, with the same picture size
-    turn: Turn  # how a stored frame is shown
+    structure: Structure
 
 
 def probe(path: Path | str) -> VideoInfo:
@@ -87,7 +87,7 @@ def read_frames(path: Path | str, indices: Sequence[int] | np.ndarray) -> np.nda
     if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= info.num_frames:
         have = f"has frames 0 to {info.num_frames - 1}"
         raise ValueError(f"{path}: {have}, asked for {wanted.tolist()}; sample inside the video")
-    if info.codec in DECORD_CODECS and order.timed and order.closed and order.turn == UPRIGHT:
+    if info.codec in DECORD_CODECS and order.timed and order.closed and order.structure.turn == UPRIGHT:
         frames = _read_decord(path, wanted, info)
         if frames is not None:
             return frames
@@ -226,11 +226,13 @@ def _blamed_on(path: Path | str, problem: str, remedy: str = "download or conver
         raise BrokenVideo(path, f"{problem} ({type(error).__name__}: {error})", remedy) from error
 
 
-def _open(path: Path | str) -> "InputContainer":
+def _open(path: Path | str, *, fragmented: bool = False) -> "InputContainer":
+    """fragmented: without its edit list, which FFmpeg applies to the first fragment only, and so loses frames."""
     av = _import("av")
+    options = {"ignore_editlist": "1"} if fragmented else {}
     with _blamed_on(path, "is not a readable video"):
         # Names in a file's tags are in any encoding; nothing here reads them.
-        return av.open(str(path), metadata_errors="replace")
+        return av.open(str(path), options=options, metadata_errors="replace")
 
 
 def _video_stream(container: "InputContainer", path: Path | str) -> "VideoStream":
@@ -249,20 +251,24 @@ def _walk_packets(path: Path | str) -> tuple[VideoInfo, _Order]:
 
 @lru_cache(maxsize=2)  # `read_frames` follows `probe`; a two-hour video has 200,000 packets
 def _walk_file(path: str, changed: int, size: int) -> tuple[VideoInfo, _Order]:
-    with _open(path) as container, _blamed_on(path, "is damaged"):
-        cut, turn = look(path)
-        if cut is not None:
-            raise BrokenVideo(path, f"is cut short: {cut}")
-        return _walk_stream(path, container, _video_stream(container, path), turn)
+    structure = look(path)
+    with _open(path, fragmented=structure.fragmented) as container, _blamed_on(path, "is damaged"):
+        if structure.cut is not None:
+            raise BrokenVideo(path, f"is cut short: {structure.cut}")
+        return _walk_stream(path, container, _video_stream(container, path), structure)
 
 
-def _walk_stream(path: str, container: "InputContainer", stream: "VideoStream", turn: Turn) -> tuple[VideoInfo, _Order]:
+def _walk_stream(
+    path: str, container: "InputContainer", stream: "VideoStream", structure: Structure
+) -> tuple[VideoInfo, _Order]:
+    turn = structure.turn
     context = stream.codec_context
     codec = context.codec.canonical_name
     # mp4 lists its frames, less those that an edit list leaves out; in other containers the list is of key frames.
     listed = len(stream.index_entries) if "mp4" in container.format.name else 0
     times, durations, sizes, hidden, latest_key = [], [], set(), 0, None
-    timed, closed = "avi" not in container.format.name, True
+    # Fragments give times of their own, which may contradict the order in which the frames come out of the decoder.
+    timed, closed = "avi" not in container.format.name and not structure.fragmented, True
     with _blamed_on(path, "is cut short or damaged"):
         for packet in container.demux(stream):
             if not packet.size:
@@ -308,7 +314,7 @@ def _walk_stream(path: str, container: "InputContainer", stream: "VideoStream", 
         codec=codec,
         timestamps=timestamps,
     )
-    return info, _Order(pts, timed and len(set(pts)) == len(pts), closed and len(sizes) == 1, turn)
+    return info, _Order(pts, timed and len(set(pts)) == len(pts), closed and len(sizes) == 1, structure)
 
 
 def _key_frame(packet: "Packet", codec: str) -> tuple[bool, bytes]:
@@ -353,14 +359,17 @@ def _read_av(path: Path | str, wanted: np.ndarray, order: _Order, size: tuple[in
     for from_start in (False, True) if order.timed else (True,):  # a seek may land late in files with a bad index
         found: dict[int, np.ndarray] = {}
         try:
-            with _open(path) as container, _blamed_on(path, "cannot be decoded", "convert it with ffmpeg to H.264"):
+            with (
+                _open(path, fragmented=order.structure.fragmented) as container,
+                _blamed_on(path, "cannot be decoded", "convert it with ffmpeg to H.264"),
+            ):
                 stream = _video_stream(container, path)
                 if not from_start:
                     container.seek(order.pts[min(needed)], stream=stream, backward=True)
                 for count, frame in enumerate(container.decode(stream)):
                     index = index_of.get(frame.pts) if order.timed else count
                     if index in needed:
-                        found[index] = show(frame.to_ndarray(format="rgb24"), order.turn)
+                        found[index] = show(frame.to_ndarray(format="rgb24"), order.structure.turn)
                         if len(found) == len(needed):
                             break
         except BrokenVideo:

@@ -167,3 +167,31 @@ def test_a_broken_video_crosses_a_process(tmp_path):
     error = pickle.loads(pickle.dumps(BrokenVideo("a.mp4", "has no frames", "convert it")))
     assert isinstance(error, BrokenVideo)
     assert str(error) == "a.mp4: has no frames; convert it"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"movflags": "frag_keyframe+empty_moov"},
+        {"movflags": "dash+empty_moov", "frag_duration": "300000"},
+        {"movflags": "dash+delay_moov", "frag_size": "600"},
+        {"movflags": "frag_keyframe", "use_editlist": "1", "frag_duration": "300000"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_every_frame_of_a_fragmented_mp4_with_b_frames_is_right_alone_and_together(options, tmp_path):
+    path = tmp_path / "a.mp4"
+    x264 = {"x264-params": "bframes=3:b-adapt=0:keyint=12:scenecut=0"}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=Fraction(25), options=x264)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for picture in numbered_frames():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert probe(path).num_frames == NUM_FRAMES
+    assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES))
+    assert [numbers(read_frames(path, [i]))[0] for i in range(NUM_FRAMES)] == list(range(NUM_FRAMES))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"mdat") + 20])
+    with pytest.raises(BrokenVideo, match="cut short"):
+        probe(path)
