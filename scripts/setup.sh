@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv with everything that the tasks and the tests need. Done once; a second start only compares a hash.
+# Make .venv with everything that the tasks and the tests need (requirements.lock). Done once; a second start only compares a hash.
 #   bash scripts/setup.sh            PYTHON=python3.12 bash scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 STAMP="$VENV/setup-stamp"
 
-wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml requirements.lock scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -30,7 +30,7 @@ if [ ! -x "$VENV/bin/python" ]; then
     "$python" -m venv "$VENV"
 fi
 echo "setup.sh: installing torch and the rest into $VENV (several GB, a few minutes)"
-"$VENV/bin/python" -m pip install --quiet torch==2.14.1 torchvision==0.29.1
-"$VENV/bin/python" -m pip install --quiet -e '.[all,dev]'
+"$VENV/bin/python" -m pip install --quiet torch==2.14.1 torchvision==0.29.1 -r requirements.lock
+"$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
 echo "$wanted" >"$STAMP"
 echo "setup.sh: done"

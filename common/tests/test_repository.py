@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "common" / "dr2net"
@@ -241,12 +242,24 @@ def test_committed_results_are_strict_json() -> None:
 
 def test_the_package_needs_only_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {re.split(r"[<>=]", need)[0] for need in project["dependencies"]} == {"torch"}
-    extras = project["optional-dependencies"]
-    loose = [need for name in ("engine", "dev") for need in extras[name] if "==" not in need]
-    assert not loose, "pin the version that was tested"
+    assert {Requirement(need).name for need in project["dependencies"]} == {"torch"}
+
+
+def test_the_lock_has_one_version_of_everything_that_an_extra_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    strange = [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+(; sys_platform == \"linux\")?", line)]
+    assert not strange, "a lock names packages and versions: no host, path or hash"
+    locked = {pin.name.lower(): pin.specifier for pin in map(Requirement, lines)}
+    assert len(locked) == len(lines)
+    for need in map(Requirement, sum(project["optional-dependencies"].values(), project["dependencies"])):
+        if need.name != project["name"]:
+            assert need.name.lower() in locked, f"{need} is not in requirements.lock"
+            (pin,) = locked[need.name.lower()]
+            assert need.specifier.contains(pin.version), f"requirements.lock has {need.name} {pin.version}, not {need}"
     setup = (ROOT / "scripts" / "setup.sh").read_text()
-    assert "torch==2.14.1 torchvision==0.29.1" in setup and "torchvision==0.29.1" in extras["engine"]
+    for name in ("torch", "torchvision"):
+        assert f"{name}{locked[name]}" in setup
 
 
 def test_an_error_names_an_extra_that_exists() -> None:
