@@ -30,6 +30,18 @@ def step(f: Tensor, x: Tensor, previous: Tensor, alpha: float, beta: float) -> T
     return torch.add(following, previous, alpha=beta) if beta != 0 else following
 
 
+def sketch(f: Tensor) -> Tensor:
+    """What tells a recomputed branch from another: the rows of f, along its last dimension, summed with fixed weights.
+
+    f: (..., C); returns (C,). |sketch(a) - sketch(b)| / |sketch(b)| estimates |a - b| / |b| (random projection).
+    """
+    rows = f.detach().reshape(-1, f.shape[-1])
+    number = torch.arange(len(rows), device=f.device)
+    weights = ((number * 0x9E3779B1 >> 8) & 0xFFFF).to(f.dtype) / 0x8000 - 1  # in -1..1, by multiplicative hashing
+    with torch.autocast(f.device.type, enabled=False):
+        return weights @ rows
+
+
 def invert(f: Tensor, x: Tensor, following: Tensor, alpha: float, beta: float, out: Tensor | None = None) -> Tensor:
     """x_{i-2} from f = F_i(x_{i-1}), x = x_{i-1} and following = x_i; needs beta != 0.
 

@@ -78,6 +78,11 @@ def entry_of(block: nn.Module) -> Entry | None:
     return forward if isinstance(forward, Entry) else None
 
 
+def _is_exporting() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return exporting is not None and exporting()
+
+
 def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
     """x, and the arguments after it; x may have been passed by name."""
     if not args:
@@ -86,7 +91,7 @@ def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor
             raise TypeError(f"{type(block).__name__} was called without its input {first!r}")
         args, named = (named[first],), {name: value for name, value in named.items() if name != first}
     x, *rest = args
-    tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    tracing = torch.jit.is_tracing() or _is_exporting()
     if tracing or not isinstance(x, Tensor):
         raise ValueError(
             f"a reversible {type(block).__name__} "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 WRAPPERS = (
     "FullyShardedDataParallel, DataParallel and torch.func.functional_call put other tensors in the place of "
@@ -75,6 +76,18 @@ def refuse_arguments(values: Iterable[Any], name: str) -> None:
                 "when it is recomputed in backward. Train without it (a key-value cache of transformers: "
                 "use_cache=False), or run the model under torch.no_grad()"
             )
+
+
+def refuse_changed_arguments(now: Any, structure: TreeSpec, before: Sequence[Any], name: str) -> None:
+    """ValueError if a list or dictionary among a block's arguments is not what it was: it would change once more when
+    the branch is recomputed, and what one branch puts there another does not see.
+    """
+    values, found = tree_flatten(now)
+    if found != structure or any(a is not b for a, b in zip(values, before, strict=True)):
+        raise ValueError(
+            f"branch {name} changes a list or dictionary among its arguments; return what it collects, or collect it "
+            "with forward hooks on the blocks"
+        )
 
 
 @contextmanager

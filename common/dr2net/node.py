@@ -28,7 +28,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, evaluate
-from dr2net.foreign import hooks_suspended, refuse_foreign
+from dr2net.foreign import hooks_suspended, refuse_changed_arguments, refuse_foreign
 from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 
@@ -89,7 +89,7 @@ class Node:
     structure: TreeSpec
     dtype: torch.dtype  # of F's input
     parameters: list[nn.Parameter]
-    coarse: float | None = None  # how much sum |F| may differ in the recomputation, where streams are floats
+    coarse: float | None = None  # relative change of F that its recomputation may have, where streams are floats
     chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
     modes: list[bool] = field(default_factory=list)  # training or evaluation, of each module
@@ -110,6 +110,7 @@ class Node:
             else:
                 # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
                 f = self.branch(x.view_as(x).to(self.dtype), *args, **named)
+                refuse_changed_arguments((args, named), self.structure, arguments, self.name)
         if f.shape != x.shape:
             raise ValueError(
                 f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
@@ -256,7 +257,7 @@ class DualResidual(torch.autograd.Function):
             node.remember()
             ctx.node = node
         if not node.exact:
-            check = f.abs().sum() if node.recording and node.coarse is not None else None
+            check = coupling.sketch(f) if node.recording and node.coarse is not None else None
             following = coupling.step(f, x, previous, node.alpha, node.beta)
             if node.recording:
                 ctx.save_for_backward(check, None, *own, *((following, x, *common) if node.keeps else ()))
@@ -330,10 +331,9 @@ def _rebuild(node: Node, taken: Taken, f: Tensor, out: Tensor | None = None) -> 
             tape.streams = (streams[1], exact.invert(q, streams[0], taken.words, node.beta), streams[2])
     else:
         if taken.check is not None and not isinstance(f, FakeTensor):
-            size = f.abs().sum()
-            tape.checks.append(
-                (node.name, (size - taken.check).abs() <= node.coarse * torch.maximum(size, taken.check))
-            )
+            sketch = coupling.sketch(f)
+            change, size = (sketch - taken.check).norm(), torch.maximum(sketch.norm(), taken.check.norm())
+            tape.checks.append((node.name, change <= node.coarse * size))
         if node.inverts:
             out = streams[0] if taken.owned else out
             tape.streams = (x, coupling.invert(f, x, streams[0], node.alpha, node.beta, out))

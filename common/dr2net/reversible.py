@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dr2net.sequence import ReversibleSequence
 
 
-COARSE = 0.05  # relative change of sum |F| in a recomputation that is still taken for rounding
+COARSE = 0.02  # relative change of F in a recomputation that is still taken for rounding
 
 
 class Pass:
@@ -107,6 +107,10 @@ class Pass:
             )
         elif self.x is None:
             self.x = x
+        elif x is not self.x:
+            # A model in bfloat16 has the stream's copy between its blocks: put it on the gradient's way, so that hooks
+            # on it, and losses, act as in the plain model. The value is the stream's: the difference is exact.
+            self.x = x.to(self.x.dtype) + (self.x - x.to(self.x.dtype)).detach()
         for branch in self.branches[self.expected]:
             self._advance(branch, f"{name}.{branch.name}", args, named)
             self.sequence.ran += 1
@@ -134,7 +138,8 @@ class Pass:
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
         sequence.computed_in = computed_in
         self.every = self.length
-        self.coarse: float | None = COARSE
+        # An error of the streams within the tolerance changes F by about as much.
+        self.coarse: float | None = min(max(5 * sequence.tolerance, COARSE), 10 * COARSE)
         if self.beta == 0:
             self.every = 1
         elif sequence.inversion == "anchored":
@@ -142,7 +147,7 @@ class Pass:
             self.every = sequence.anchor_every or spacing or self.length
         elif sequence.inversion == "float" and torch.is_grad_enabled() and not sequence.store:
             error = predicted_error(sequence.alpha, self.beta, self.length, computed_in)
-            self.coarse = COARSE if error < COARSE else None  # else the rebuilt streams themselves are off
+            self.coarse = max(5 * error, COARSE) if error < 2 * COARSE else None  # else the streams themselves are off
             if error > sequence.tolerance:
                 warnings.warn(
                     # no coefficients: they may move at each step, and Python shows each text once

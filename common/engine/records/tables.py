@@ -29,7 +29,7 @@ from engine.settings import Settings
 
 DASH = "-"
 MIB = 2**20
-COLUMNS = ("row", "{metric}", "peak MiB", "activations MiB", "s/step", "gradient error", "seeds", "status")
+COLUMNS = ("row", "method", "{metric}", "peak MiB", "activations MiB", "s/step", "gradient error", "seeds", "status")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def summarise(runs: list[Record]) -> Line:
 
 
 def group_lines(records: list[Record]) -> dict[str, list[Line]]:
-    """Lines by group: the methods in their usual order, then the variants."""
+    """Lines by group, those that ran before those that did not: the methods in their usual order, then the variants."""
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record.row, []).append(record)
@@ -97,7 +97,8 @@ def group_lines(records: list[Record]) -> dict[str, list[Line]]:
         groups.setdefault(line.group, []).append(line)
     for lines in groups.values():
         lines.sort(key=lambda line: (bool(line.setting), METHODS.index(line.method)))
-    return dict(sorted(groups.items()))
+    ran = {group: any(line.mean is not None for line in lines) for group, lines in groups.items()}
+    return dict(sorted(groups.items(), key=lambda item: (not ran[item[0]], item[0])))
 
 
 def further_metrics(lines: list[Line]) -> list[str]:
@@ -113,6 +114,7 @@ def cells(line: Line, further: Sequence[str] = ()) -> list[str]:
         metric = f"{line.mean:.1f}" + (f" ± {line.std:.1f}" if line.std is not None else "")
     return [
         line.row,
+        STYLES[line.method].title if not line.setting else line.row.removeprefix(f"{line.group}_"),
         metric,
         *(f"{line.further[name]:.1f}" if name in line.further else DASH for name in further),
         DASH if line.peak is None else mebibytes(line.peak) + mark,
@@ -132,8 +134,8 @@ def mebibytes(size: float) -> str:
 def headers(lines: list[Line]) -> list[str]:
     """Column titles; a metric's column has its name."""
     metric = next((line.metric for line in lines if line.metric), "metric")
-    first, *rest = [column.format(metric=metric) for column in COLUMNS]
-    return [first, rest[0], *further_metrics(lines), *rest[1:]]
+    row, method, first, *rest = [column.format(metric=metric) for column in COLUMNS]
+    return [row, method, first, *further_metrics(lines), *rest]
 
 
 def print_table(records: list[Record], console: Console | None = None) -> None:
@@ -143,11 +145,10 @@ def print_table(records: list[Record], console: Console | None = None) -> None:
         console.print("no Records yet: train the rows, then publish them")
     for group, lines in group_lines(records).items():
         table = Table(title=group, box=box.SIMPLE_HEAD)
-        table.add_column("method")
         for title in headers(lines)[1:]:
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="left" if title == "method" else "right")
         for line in lines:
-            table.add_row(line.row.removeprefix(f"{group}_"), *cells(line, further_metrics(lines))[1:])
+            table.add_row(*cells(line, further_metrics(lines))[1:])
         console.print(table)
 
 
@@ -225,7 +226,7 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
     axes.set_title(f"{group}{spread}", fontsize=10, loc="left")
     axes.set_xlabel("peak memory of a training step (MiB)")
-    axes.set_ylabel(headers(shown)[1])
+    axes.set_ylabel(headers(shown)[2])
     axes.set_xlim(left=0)
     axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.25)

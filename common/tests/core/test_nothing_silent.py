@@ -175,6 +175,59 @@ def test_what_changes_between_forward_and_backward_is_an_error_with_its_cause(wa
     assert "anchored" not in str(caught.value)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("change", [lambda f: f.roll(1, 1), lambda f: f.roll(1, 0), lambda f: f + 0.1 * f.std()])
+def test_a_branch_that_computes_something_else_of_the_same_size_is_found(way: tuple, change: Any) -> None:
+    net, changed = converted(*way), {"now": False}
+    net.blocks[1].part.scale = lambda f: change(f) if changed["now"] else f
+    output = net(batch())
+    changed["now"] = True
+    with pytest.raises(RuntimeError, match="branch 1.part did not compute in backward what"):
+        output.square().mean().backward()
+
+
+def test_tensors_between_blocks_of_a_bfloat16_model_are_on_the_way_of_the_gradient() -> None:
+    gradients = {}
+    for name in ("plain", "exact", "stored"):
+        torch.manual_seed(0)
+        net = Net().bfloat16()
+        if name != "plain":
+            dr2net.convert(net, store=name == "stored")  # at (1, 0), where it is the plain model
+        x = batch().bfloat16().requires_grad_()
+        y, features = x, []
+        for index, block in enumerate(net.blocks):
+            y = block(y)
+            y.retain_grad()
+            features.append(y)
+            if index == 1:
+                y.register_hook(lambda grad: 0.5 * grad)
+        y.float().square().mean().backward()
+        gradients[name] = [x.grad.float(), *(feature.grad.float() for feature in features)]
+    for ours, stored, plain in zip(*(gradients[name] for name in ("exact", "stored", "plain")), strict=True):
+        assert torch.equal(ours, stored)
+        assert (ours - plain).norm() <= 0.02 * plain.norm()  # a few roundings to bfloat16
+
+
+def test_a_list_that_branches_change_is_refused() -> None:
+    net = converted()
+    net.blocks[0].part.scale = lambda x: x
+
+    def appends(block: Block) -> tuple[dr2net.Branch, ...]:
+        def function(x: Tensor, seen: list) -> Tensor:
+            seen.append(len(seen))
+            return block.part(x)
+
+        return (dr2net.Branch("part", function, (block.part,)),)
+
+    kind = type("Appending", (Block,), {"forward": lambda self, x, seen: x + self.part(x)})
+    dr2net.branches_of.register(kind, appends)
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList([kind(), kind()])
+    dr2net.convert(model)
+    with pytest.raises(ValueError, match="branch 0.part changes a list or dictionary among its arguments"):
+        model.blocks[0](batch(), [])
+
+
 @pytest.mark.parametrize("argument", [{"cache": []}, object(), [object()]], ids=["plain", "object", "in a list"])
 def test_an_object_that_a_branch_may_write_to_is_refused_while_training(argument: Any) -> None:
     net = converted()

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from toy_training import toy_config
 
+from dr2net.styles import STYLES
 from engine.config import METHODS
 from engine.records import provenance, tables
 from engine.records import record as results
@@ -139,7 +140,7 @@ def test_variants_of_a_method_stand_behind_the_methods_and_outside_the_figure(tm
 def test_a_planned_row_shows_predicted_memory_and_dashes(folder):
     (line,) = tables.group_lines(results.read_records("toy_task", folder))["big_vit"]
     assert tables.cells(line) == [
-        "big_vit_dr2net", "-", "7,000 (predicted)", "6,000 (predicted)", "-", "-", "-", "not run",
+        "big_vit_dr2net", "Dr2Net, constant", "-", "7,000 (predicted)", "6,000 (predicted)", "-", "-", "-", "not run",
     ]  # fmt: skip
 
 
@@ -151,15 +152,15 @@ def test_further_metrics_have_columns_of_their_own_behind_the_first(tmp_path):
     ]
     other = replace(first, row=f"{first.row}_x", metrics={"mAP": 1.0, "mAP@0.7": 2.0})
     (lines,) = tables.group_lines([*records, other]).values()
-    assert tables.headers(lines)[:5] == ["row", "mAP", "mAP@0.5", "mAP@0.7", "peak MiB"]
+    assert tables.headers(lines)[:5] == ["row", "method", "mAP", "mAP@0.5", "mAP@0.7"]
     further = tables.further_metrics(lines)
-    assert [tables.cells(line, further)[1:4] for line in lines] == [["51.0 ± 1.4", "61.5", "-"], ["1.0", "-", "2.0"]]
+    assert [tables.cells(line, further)[2:5] for line in lines] == [["51.0 ± 1.4", "61.5", "-"], ["1.0", "-", "2.0"]]
 
 
 def test_the_terminal_table_shows_every_method(folder):
     text = io.StringIO()
-    tables.print_table(results.read_records("toy_task", folder), Console(file=text, width=120))
-    for word in (*METHODS, "81.0 ± 1.4", "5,000", "3.0e-07", "7,000 (predicted)"):
+    tables.print_table(results.read_records("toy_task", folder), Console(file=text, width=160))
+    for word in (*(STYLES[method].title for method in METHODS), "81.0 ± 1.4", "5,000", "3.0e-07", "7,000 (predicted)"):
         assert word in text.getvalue()
 
 
@@ -167,7 +168,7 @@ def test_the_readme_and_figures_are_written_and_reproducible(folder):
     written = tables.write_all(folder)
     assert [path.name for path in written] == ["toy_vit.png", "README.md"]
     text = (folder / "README.md").read_text()
-    assert "| toy_vit_dr2net | 81.0 ± 1.4 | 1.0 | 930 | 465 | 0.25 | 3.0e-07 | 2 | tiny |" in text
+    assert "| toy_vit_dr2net | Dr2Net, constant | 81.0 ± 1.4 | 1.0 | 930 | 465 | 0.25 | 3.0e-07 | 2 | tiny |" in text
     assert "![toy_vit: metric against peak memory](toy_task/toy_vit.png)" in text
     assert "| COCO 2017 | DINO 4-scale, R50, 12 epochs | AP | 49.2 | - | detrex README |" in text
     assert written[0].read_bytes().startswith(b"\x89PNG")
