@@ -8,7 +8,6 @@ in data.py).
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from engine.files import read_json, read_text
+
 LABELS = "category_idx.txt"  # optional, beside the annotations: one class a line
+REMEDY = "mend or download it again (`python -m action_detection.prepare`), or set --data.root"
+MAX_SECONDS = 86400.0  # of a video; a longer one is a duration in other units
 NOT_CLASSES = ("Ambiguous",)  # THUMOS-14 marks uncertain times so; they are neither trained on nor scored
 
+CLASS_SCORES_FORM = 'JSON {"class": [names], "results": {id: [scores]}}'
 ClassScores = dict[str, np.ndarray]  # per video (K,) float64, in the order of the class names
 
 
@@ -43,12 +47,12 @@ def read_database(file: Path) -> tuple[tuple[str, ...], dict[str, dict[str, Any]
 
     Raises FileNotFoundError, or ValueError naming file, entry and remedy.
     """
-    content = _load(file)
+    content = read_json(file, REMEDY)
     database = content.get("database") if isinstance(content, dict) else None
     if not isinstance(database, dict) or not database:
         raise ValueError(f'{file}: has no table "database" of videos; expected the form of ActivityNet-1.3')
     labels = file.parent / LABELS
-    known = set(labels.read_text(encoding="utf-8").splitlines()) - {""} if labels.is_file() else None
+    known = set(read_text(labels, "mend it").splitlines()) - {""} if labels.is_file() else None
     found = set()
     for name, entry in database.items():
         _check_entry(file, name, entry)
@@ -63,7 +67,7 @@ def read_database(file: Path) -> tuple[tuple[str, ...], dict[str, dict[str, Any]
 
 def read_blocked(file: Path) -> set[str]:
     """The video names of a JSON list. Raises FileNotFoundError, or ValueError for another form."""
-    names = _load(file)
+    names = read_json(file, "set --data.blocked to a JSON list of names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: is not a JSON list of video names")
     return set(names)
@@ -80,16 +84,16 @@ def read_class_scores(
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no class scores; put the file there or set detection.class_scores")
-    content = file.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    data = read_json(file, f"want {CLASS_SCORES_FORM}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if sha256 is not None and digest != sha256:
         raise ValueError(f"{file} has sha256 {digest}, expected {sha256}: another label file, other results")
     try:
-        data = json.loads(content)
         columns = {name: k for k, name in enumerate(data["class"] if "class" in data else data["classes"])}
         results = data["results"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{file}: want JSON {{"class": [names], "results": {{id: [scores]}}}} ({error!r})') from error
+        results.keys()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: want {CLASS_SCORES_FORM} ({error!r})") from error
     if absent := [name for name in class_names if name not in columns]:
         raise ValueError(f"{file}: no scores for {len(absent)} classes, among them {', '.join(absent[:5])}")
     if absent := [name for name in videos if name not in results]:
@@ -99,21 +103,14 @@ def read_class_scores(
         )
     scores = {}
     for name in videos:
-        row = np.asarray(results[name])
+        try:
+            row = np.asarray(results[name])
+        except ValueError:  # ragged
+            row = np.zeros(0)
         if row.shape != (len(columns),) or row.dtype.kind not in "if" or not np.isfinite(row).all():
             raise ValueError(f"{file}: video {name}: want {len(columns)} finite numbers, got {str(results[name])[:60]}")
         scores[name] = row.astype(np.float64)[[columns[own] for own in class_names]]
     return scores
-
-
-def _load(file: Path) -> Any:
-    if not file.is_file():
-        remedy = "set --data.root, or run `python -m action_detection.prepare`"
-        raise FileNotFoundError(f"{file}: no such annotation file; {remedy}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except ValueError as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error}); mend it, or download it again") from error
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> None:
@@ -127,15 +124,9 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
                 raise ValueError(f"an annotation {item!r}")
         if not (isinstance(subset, str) and math.isfinite(duration) and duration > 0):
             raise ValueError(f"the duration {duration!r} and the subset {subset!r}")
+        if duration > MAX_SECONDS:
+            raise ValueError(f"a duration of {duration:g} seconds, more than a day; is it in milliseconds?")
     except KeyError as error:
         raise ValueError(f"{file}: video {name} lacks {error}; {remedy}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: video {name} is not in ActivityNet's form ({error}); {remedy}") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is listed twice")
-    return table

@@ -31,12 +31,14 @@ from action_detection.configs import Config, Data
 from engine.config import Split
 from engine.data import transforms
 from engine.data.fingerprint import Files
-from engine.data.video import FrameCache, read_usable
+from engine.data.video import BrokenVideo, FrameCache, read_usable
 
 ANNOTATIONS = {"activitynet": "activity_net.v1-3.min.json", "thumos": "thumos_14_anno.json"}
 VIDEO_FOLDER = "videos"
 SUFFIXES = (".mp4", ".mkv", ".webm")
 MAX_CHUNK_BYTES = 1 << 28  # decoded frames at full size in memory at once
+MAX_WINDOWS = 100_000  # of one video; 20 days where a window moves on by 17 seconds
+MAX_RATIO = 100  # of the annotated to the true duration, beyond which it is one in milliseconds
 ON_SCREEN = 1e-4  # seconds; so that rounding never shows the frame before
 
 
@@ -167,6 +169,8 @@ def window_starts(data: Data, duration: float) -> list[float]:
     stride = length * (1 - data.overlap)
     last = max(duration - length, 0.0)
     count = math.ceil(last / stride - 1e-6)
+    if count > MAX_WINDOWS:
+        raise ValueError(f"a video of {duration:g} seconds has {count} windows, too many; is it in milliseconds?")
     return [i * stride for i in range(count)] + [last]
 
 
@@ -195,6 +199,9 @@ def read_window(
     """
     cache = cache or FrameCache(0)
     info = cache.probe(path)
+    if video.duration > MAX_RATIO * info.seconds:
+        problem = f"lasts {info.seconds:.3g} seconds, annotated are {video.duration:.3g}"
+        raise BrokenVideo(path, problem, "annotate in seconds, or download it again")
     rng = None if sample_seed is None else np.random.default_rng([sample_seed, 0])
     start = random_start(data, video, rng) if rng is not None else window_starts(data, video.duration)[number]
     length = window_seconds(data, info.seconds)

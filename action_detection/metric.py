@@ -24,7 +24,6 @@ classes that the subset's ground truth has: a class without predictions counts 0
 Not here: suppression (`ops.py`), networks (`evaluate.py`).
 """
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy as np
 
 from action_detection.annotations import LABELS, NOT_CLASSES
 from action_detection.ops import segment_iou
+from engine.files import read_json, read_text
 
 ACTIVITYNET_TIOU = tuple(np.linspace(0.5, 0.95, 10).tolist())
 DUPLICATE_SECONDS = 1e-3
@@ -71,10 +71,17 @@ def evaluate_files(
     ground_truth: JSON {"database": {id: {"subset", "annotations": [{"label", "segment": [start, end]}]}}};
     predictions: JSON {"results": {id: [{"label", "score", "segment"}]}}, other keys are not looked at. Raises
     FileNotFoundError, or ValueError naming file and entry: no JSON, a key missing, a score or boundary that is no
-    finite number, an end before its start, an unknown label, a subset without ground truth.
+    finite number, an end before its start, an unknown label, a subset without ground truth, no video in common.
     """
     truth, known = read_ground_truth(Path(ground_truth), subset, drop_duplicates=drop_duplicates, blocked=blocked)
-    return evaluate_rows(truth, read_predictions(Path(predictions), known, blocked=blocked), tiou)
+    predicted = read_predictions(Path(predictions), known, blocked=blocked)
+    if predicted.labels and not set(predicted.names) & set(truth.names):
+        own, other = predicted.names[0], truth.names[0]
+        raise ValueError(
+            f"{predictions}: none of its {len(predicted.names)} videos (the first is {own!r}) is in the subset "
+            f"{subset!r} of {ground_truth} (the first is {other!r}); give the right subset, or name the videos alike"
+        )
+    return evaluate_rows(truth, predicted, tiou)
 
 
 def evaluate_rows(truth: Rows, predictions: Rows, tiou: Sequence[float]) -> dict[str, Any]:
@@ -144,10 +151,10 @@ def read_ground_truth(
     path: Path, subset: str, *, drop_duplicates: bool = False, blocked: Collection[str] = ()
 ) -> tuple[Rows, set[str]]:
     """The rows of one subset, and all labels that the file knows."""
-    content = _read_json(path)
+    content = read_json(path, "mend it")
     own: dict[str, list[dict]] = {}
     subsets: set[str] = set()
-    known = set((path.parent / LABELS).read_text().splitlines()) if (path.parent / LABELS).is_file() else set()
+    known = set(read_text(path.parent / LABELS, "mend it").splitlines()) if (path.parent / LABELS).is_file() else set()
     for name, entry in _member(content, "database", dict, str(path)).items():
         where = f"{path}: video {name}"
         annotations = _member(entry, "annotations", list, where)
@@ -170,7 +177,7 @@ def read_ground_truth(
 
 def read_predictions(path: Path, known: set[str], *, blocked: Collection[str] = ()) -> Rows:
     """The rows of a file in the submission format. known: the labels that may appear."""
-    everything = _member(_read_json(path), "results", dict, str(path))
+    everything = _member(read_json(path, "mend it"), "results", dict, str(path))
     results = {name: _member(everything, name, list, f"{path}: results") for name in everything if name not in blocked}
     rows = _rows(results, path, "prediction", scored=True)
     if unknown := set(rows.labels) - known:
@@ -191,7 +198,7 @@ def _rows(videos: dict[str, list[dict]], path: Path, what: str, *, scored: bool 
         fine &= {type(label) for label in labels} <= {str} and {segments.dtype.kind, scores.dtype.kind} <= {"f", "i"}
         fine = fine and bool(np.isfinite(scores).all() and np.isfinite(segments).all())
         fine = fine and bool((segments[:, 0] <= segments[:, 1]).all())
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         fine = False
     if not fine:
         _name_the_fault(videos, path, what, scored)
@@ -226,15 +233,6 @@ def _needed(rows: Rows) -> np.ndarray:
             others.append(segment)
             keep[k] = True
     return keep
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _member(entry: Any, key: str, kind: type, where: str) -> Any:

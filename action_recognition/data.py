@@ -11,7 +11,7 @@ devices and accumulation steps must not change what is learned. Not here: decodi
 """
 
 import csv
-import json
+import io
 import os
 import warnings
 from pathlib import Path
@@ -26,8 +26,12 @@ from engine.config import Split
 from engine.data import transforms
 from engine.data.fingerprint import Files
 from engine.data.video import FrameCache, VideoInfo, read_usable
+from engine.files import read_json, read_text
 
 Subset = Literal["train", "validation"]
+REMEDY = "download it again (`python -m action_recognition.prepare`), or set --data.root"
+MAX_CLASSES = 100_000  # a list with larger class numbers has something else in that column
+MAX_COUNT_DIGITS = 9
 
 
 class Entry(NamedTuple):
@@ -69,8 +73,8 @@ def read_class_names(data: Data) -> tuple[Path, list[str]]:
     root = Path(data.root)
     if data.kind == "ssv2":
         file = root / "something-something-v2-labels.json"
-        labels = _load_json(file)
-        if not isinstance(labels, dict) or not all(str(index).isdecimal() for index in labels.values()):
+        labels = read_json(file, REMEDY)
+        if not isinstance(labels, dict) or not all(_is_count(str(index)) for index in labels.values()):
             raise ValueError(f"{file}: is not a table of class names and indices; download the label file again")
         names = sorted(labels, key=lambda name: int(labels[name]))
         if [int(labels[name]) for name in names] != list(range(len(names))):
@@ -79,11 +83,15 @@ def read_class_names(data: Data) -> tuple[Path, list[str]]:
         file = root / "train"
         if not file.is_dir():
             raise FileNotFoundError(f"{file}: no such folder; expected train/<class>/<video> and val/<class>/<video>")
-        names = sorted(folder.name for folder in file.iterdir() if folder.is_dir())
+        names = sorted(folder.name for folder in file.iterdir() if folder.is_dir() and not _is_hidden(folder.name))
     else:
         file = root / "train.csv"
         names = sorted({row["label"] for row in _load_csv(file, data.kind)})
-        if data.kind == "csv" and all(name.isdigit() for name in names):  # the classes are numbered already
+        if data.kind == "csv" and names and all(name.isascii() and name.isdecimal() for name in names):
+            largest = max(names, key=lambda name: (len(name), name))  # the classes are numbered already
+            if len(largest) > MAX_COUNT_DIGITS or int(largest) >= MAX_CLASSES:
+                remedy = "number the classes from 0, or name them with words"
+                raise ValueError(f"{file}: class number {largest[:40]} is too large; {remedy}")
             names = [str(i) for i in range(max(map(int, names)) + 1)]
     return file, names
 
@@ -124,9 +132,14 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
     if data.kind == "ssv2":
         folder = root / "20bn-something-something-v2"
         files = {Path(file).stem: file for file in sorted(os.listdir(folder))} if folder.is_dir() else {}
-        for number, item in enumerate(_load_json(source), start=1):
-            if not isinstance(item, dict) or not {"id", "template"} <= item.keys():
-                raise ValueError(f"{source}: entry {number} has no id or no template: {item!r}; download it again")
+        listed = read_json(source, REMEDY)
+        if not isinstance(listed, list):
+            raise ValueError(f"{source}: is not a list of videos; {REMEDY}")
+        for number, item in enumerate(listed, start=1):
+            words = (item.get("id"), item.get("template")) if isinstance(item, dict) else (None,)
+            if not all(isinstance(word, str) for word in words):
+                problem = f"entry {number} has no id or no template: {str(item)[:200]}"
+                raise ValueError(f"{source}: {problem}; download it again")
             file = files.get(item["id"])
             path = None if file is None else str(folder / file)
             add(source, item["id"], path, item["template"].replace("[", "").replace("]", ""))
@@ -140,7 +153,8 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
             add(source, name, files.get(f"{name}.mp4"), row["label"])
     elif data.kind == "folder":
         for path in sorted(source.glob("*/*")):
-            add(source, f"{path.parent.name}/{path.name}", str(path), path.parent.name)
+            if not (_is_hidden(path.name) or _is_hidden(path.parent.name)):
+                add(source, f"{path.parent.name}/{path.name}", str(path), path.parent.name)
     else:
         for row in _load_csv(source, data.kind):
             path = root / row["path"]
@@ -281,27 +295,39 @@ def collate(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return batch
 
 
-def _load_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; set --data.root, or run `python -m action_recognition.prepare`")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); download it again") from error
-
-
 def _load_csv(path: Path, kind: str) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; set --data.root, or run `python -m action_recognition.prepare`")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, fieldnames=["path", "label"] if kind == "csv" else None)
-        columns = {"path", "label"} if kind == "csv" else {"label", "youtube_id", "time_start", "time_end"}
+    """The rows by column. ValueError naming file and line for another form, FileNotFoundError."""
+    columns = {"path", "label"} if kind == "csv" else {"label", "youtube_id", "time_start", "time_end"}
+    text = io.StringIO(read_text(path, REMEDY), newline="")
+    try:
+        reader = csv.DictReader(text, fieldnames=["path", "label"] if kind == "csv" else None)
         if lacking := columns - set(reader.fieldnames or ()):
             raise ValueError(f"{path}: the columns {', '.join(sorted(lacking))} are missing")
         rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path}: cannot be read as csv ({error}); {REMEDY}") from error
     for number, row in enumerate(rows, start=1):
         if any(row[column] is None for column in columns):
             raise ValueError(f"{path}: row {number} is incomplete: {row}")
-        if kind == "kinetics" and not (row["time_start"].isdecimal() and row["time_end"].isdecimal()):
-            raise ValueError(f"{path}: row {number}: the times are not whole seconds: {row}")
+        if None in row:  # where csv puts what is beyond the last column
+            raise ValueError(f"{path}: row {number} has more columns than there are; quote a comma: {str(row)[:200]}")
+        if kind == "kinetics" and not (_is_count(row["time_start"]) and _is_count(row["time_end"])):
+            raise ValueError(f"{path}: row {number}: the times are not whole seconds: {str(row)[:200]}")
+    if kind == "csv" and rows and _is_heading(rows[0], path.parent):
+        remedy = "take the line out; if it is a video, give its file a suffix"
+        raise ValueError(f"{path}: line 1 ({rows[0]['path']},{rows[0]['label']}) is a heading, not a video; {remedy}")
     return rows
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_COUNT_DIGITS
+
+
+def _is_heading(row: dict[str, str], root: Path) -> bool:
+    """Whether the first line of a list names its columns: without a suffix, and no file."""
+    return not Path(row["path"]).suffix and not (root / row["path"]).is_file()
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that desktops and notebooks leave everywhere."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini", "__MACOSX")

@@ -31,6 +31,7 @@ from dr2net import planner
 from dr2net.cli import print_table
 from dr2net.memory import Memory, format_bytes, predict
 from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, Setting
+from engine.files import read_json
 from engine.records.provenance import commit, versions
 from engine.records.record import read_records
 
@@ -199,7 +200,9 @@ def measured_table(rows: Rows) -> str:
 
 
 def paper_table(rows: Rows) -> str:
-    published = json.loads(Path("results/published.json").read_text())["tasks"]["action_detection"]
+    published = read_json(Path("results/published.json"), "take it from the repository again")["tasks"][
+        "action_detection"
+    ]
     theirs = [entry for entry in published if "Fig. 1" in entry["source"]]
     lines = [(entry["model"], entry["memory"], entry["source"]) for entry in theirs]
     ours = split_table(rows, {"peak in GB": lambda r: f"{r['peak'] / 1e9:.1f}"})
@@ -306,7 +309,7 @@ def main() -> None:
             f"{options.output / 'memory.md'}: " + (f"waits for {', '.join(missing)}" if missing else "would be written")
         )
         return
-    parts = {name: json.loads(file.read_text()) for name, file in files.items()}
+    parts = {name: read_json(file, "measure it again") for name, file in files.items()}
     panels = [(f"frames, {name}", curves(parts["frames"]["rows"], name)) for name in SWIN]
     title = "one clip of 224 x 224, float32, AdamW, predicted"
     planner.draw(options.output / "memory_frames.png", panels, title)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import dr2net
 from dr2net import exact
 from engine.backbones.video_vit import build_image_vit
+from engine.files import read_json
 from engine.records.provenance import commit, device_name, versions
 from engine.synthetic.motion import render_clip
 
@@ -330,7 +331,7 @@ def main() -> None:
         facts = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
         options.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**facts, "disturbed": measure_disturbed(), "entries": measure()}, indent=1) + "\n")
-    facts = json.loads(path.read_text())
+    facts = read_json(path, "run without --redraw")
     entries = [e | {"error": float(e["error"])} if "error" in e else e for e in facts.pop("entries")]
     of_disturbed = facts.pop("disturbed")
     (options.output / "precision.md").write_text(markdown(entries, of_disturbed, facts))

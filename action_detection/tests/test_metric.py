@@ -248,7 +248,7 @@ BROKEN_ENTRIES = (
     ([1, 2], "key 'label' is missing; it is no object"),
 )
 BROKEN_FILES = (
-    ('{"results": ', "is not JSON"),
+    ('{"results": ', "cannot be read as JSON"),
     ('{"version": "1"}', "key 'results' is missing; it has version"),
     ("[]", "key 'results' is missing; it is no object"),
     ('{"results": {"v": {"label": "a"}}}', "results: 'v' is .* want list"),
@@ -274,7 +274,7 @@ def test_a_malformed_prediction_file_is_named(tmp_path, content, message):
 def test_malformed_ground_truth_is_named_with_its_file(tmp_path):
     paths = write(tmp_path, [("v", "a", 0, 1)], [])
     for content, message in (
-        ("{", "gt.json is not JSON"),
+        ("{", "gt.json: cannot be read as JSON"),
         ('{"results": {}}', "gt.json: key 'database' is missing"),
         ('{"database": {"v": {"annotations": []}}}', "video v: key 'subset' is missing"),
         ('{"database": {"v": {"subset": "validation"}}}', "video v: key 'annotations' is missing"),

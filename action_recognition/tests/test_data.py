@@ -266,7 +266,7 @@ def test_wrong_labels_and_class_counts_are_named(data):
     with pytest.raises(ValueError, match="video 2 has the label 'Class 9 of something'"):
         read_entries(data, "train")
     file.write_text("[{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
         read_entries(data, "train")
     file.write_text('[{"id": "1", "label": "a test entry has no template"}]')
     with pytest.raises(ValueError, match="train.json: entry 1 has no id or no template"):

@@ -1,12 +1,72 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed.
+"""Small files: read with one line about what is wrong; written whole or not at all.
+
+    read_json(path, "download it again")      # the one way in which this repository opens a JSON file
+
+Written under a temporary name, synced, renamed.
 
 A kill at any moment leaves the old content or the new one under the name, and at most a `.<name>.<process>.tmp` beside
-it, which whoever owns the folder may delete. Not here: what is written.
+it, which whoever owns the folder may delete. Not here: what is in them.
 """
 
 import contextlib
+import json
 import os
+import stat
 from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 1 << 31  # of a text file; the largest annotations have some hundred MB
+MAX_DIGITS = 300  # of a whole number; a longer one is no float
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """A text in UTF-8, without the byte-order mark that some editors write.
+
+    Raises FileNotFoundError, or ValueError for what is no regular file (a pipe is not waited for), too large or not
+    UTF-8, each with the remedy.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; {remedy}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: is a folder, a pipe or a device, not a file; {remedy}")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{path}: has {status.st_size} bytes, too many for what it should be; {remedy}")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not in UTF-8 ({error.reason} at byte {error.start}); {remedy}") from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Raises as `read_text`, and ValueError for what is not JSON, nested too deep, has a key twice in one object (of which
+    the parser would lose the first) or a whole number that is no float.
+    """
+    text = read_text(path, remedy)
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError(f"{path}: is nested too deep to be what it should; {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{repeated[:80]!r} is listed twice")
+    return table
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"the number {digits[:12]}... has {len(digits)} digits")
+    return int(digits)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.files import write_text
+from engine.files import read_json, write_text
 from engine.records.provenance import command_line, commit, sources_hash, versions
 from engine.settings import to_json
 
@@ -135,7 +135,7 @@ def write_record(record: Record, folder: Path) -> Path:
 def read_record(path: Path) -> Record:
     """One run's record; ValueError naming the file when it is none."""
     try:
-        return Record(**json.loads(path.read_text()))
+        return Record(**read_json(path, "run the row again"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a Record: {error}; delete it and run the row again") from error
 
@@ -162,7 +162,7 @@ def publish(records: list[Record], results: Path) -> list[Path]:
 def read_row(path: Path) -> list[Record]:
     """The runs of one committed row; ValueError naming the file when it is none."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, "take it from the repository again")
         return [Record(**{name: content[name] for name in SHARED}, **run) for run in content["runs"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} does not hold the Records of a row: {error!r}") from error

@@ -8,7 +8,6 @@ and behind them variants of a method, `motion_vits_dr2net_constant_1_4`, which t
 and standard deviation over seeds (n - 1 below the root); of all but the first metric the mean alone.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich.table import Table
 from dr2net.styles import STYLES
 from engine.command_line import parse, run_command
 from engine.config import METHODS
+from engine.files import read_json
 from engine.records.record import Record, publish, read_records, read_runs
 from engine.settings import Settings
 
@@ -160,7 +160,7 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 
 def readme(results: Path) -> str:
     """The text of results/README.md."""
-    published = json.loads((results / "published.json").read_text())
+    published = read_json(results / "published.json", "take it from the repository again")
     folders = {path.name for path in results.iterdir() if path.is_dir()}
     parts = [
         "# Results",

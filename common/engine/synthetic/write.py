@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.data.workers import progress_bar, run_jobs, write_json
+from engine.files import read_json
 
 STAMP = "composition.json"
 Job = TypeVar("Job")
@@ -37,7 +38,7 @@ def write_files(
     """
     stamp = json.loads(json.dumps(stamp))
     if (root / STAMP).is_file():
-        found = json.loads((root / STAMP).read_text())
+        found = read_json(root / STAMP, "choose another --root or delete it")
         if found != stamp:
             raise ValueError(f"{root}: holds another synthetic data set ({found}); choose another --root or delete it")
         if all(path.is_file() for path in files):

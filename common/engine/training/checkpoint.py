@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from engine import weights
-from engine.files import make_folder, publish, write_text
+from engine.files import make_folder, publish, read_json, write_text
 from engine.weights import Coverage, Tensors, load_tensors, read_tensors, refuse_non_finite, write_tensors
 
 FORMAT = 1
@@ -126,7 +126,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_STATE_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes is too large to be the state of a checkpoint")
     try:
-        state = json.loads(path.read_text())
+        state = read_json(path, "give another checkpoint")
         for entry in state["files"].values():
             assert isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
         for name in ("step", "alpha", "beta"):  # numbers with which training and prediction go on
