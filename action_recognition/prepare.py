@@ -17,8 +17,9 @@ from action_recognition.configs import ROWS, Data
 from action_recognition.data import Subset, find_videos, read_class_names
 from action_recognition.synthetic import VIDEO_FOLDER, Synthetic, write_contact_sheet, write_dataset
 from engine import commands
+from engine.data.archives import extract
 from engine.data.check import Check
-from engine.data.download import download, extract, free_bytes
+from engine.data.download import download, free_bytes
 from engine.data.workers import damaged_videos, name_some
 from engine.synthetic.write import STAMP, prepare_files
 

@@ -1,1 +1,1 @@
-"""From files to batches: the loader, video, transforms, downloads, worker processes."""
+"""From files to batches: the loader, video, transforms, downloads and archives, worker processes."""

@@ -1,48 +1,39 @@
-"""Fetch a file over HTTP(S) and unpack an archive, without trusting either.
+"""Fetch a file over HTTP(S) without trusting the server.
 
     download(url, path, sha256=...)            # continues an interrupted transfer, checks, then renames into place
     remember(path)                             # where no checksum is published: later files must be like the first
-    extract(path, folder, max_bytes=...)       # tar (plain, gz, bz2, xz) or zip; nothing outside `folder`, no links,
-    no bombs
 
 For shell scripts, without starting more than the standard library:
 
     python common/engine/data/download.py fetch URL FILE            # download and remember
     python common/engine/data/download.py extract ARCHIVE FOLDER [MAX_GIB]
 
-What stands at `path` is complete and checked; what is on its way is `<path>.part`. Not a mirror tool, no parallel
-transfers.
+What stands at `path` is complete and checked; what is on its way is `<path>.part`, and `<path>.part.source` says of
+which version of the file. Not a mirror tool, no parallel transfers. Unpacking is in archives.py.
 """
 
-import gzip
 import hashlib
 import http.client
-import lzma
+import json
 import os
+import re
 import shutil
+import stat
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-CHUNK = 1 << 20
-GIB = 1 << 30
+from engine.data.archives import CHUNK, GIB, UnsafeArchive, extract
+from engine.data.content import check_content, is_page
+from engine.data.web import Answer, DownloadError, Slow, extent, validators
+from engine.files import publish, write_text
 
-
-class DownloadError(RuntimeError):
-    """A transfer that failed for good; the message names the address, what happened, and what to do."""
-
-
-class UnsafeArchive(ValueError):
-    """An archive that would write outside its folder, holds links or devices, or exceeds the limits."""
+__all__ = ["DownloadError", "UnsafeArchive", "download", "extract", "free_bytes", "remember"]
 
 
 def download(
@@ -55,114 +46,82 @@ def download(
     retries: int = 5,
     backoff_seconds: float = 1.0,
     timeout_seconds: float = 30.0,
+    least_rate: int = 1024,
+    max_bytes: int = GIB,
     show: bool = True,
 ) -> Path:
     """Fetch `url` to `path`; returns `path`. A file that is there and passes the checks given is not fetched again.
 
-    An interrupted transfer goes on where it stopped if the server can (Range) and still has the same file (ETag), else
-    from the beginning. `retries` further attempts, waiting backoff_seconds, doubled each time. Raises DownloadError:
-    refused by the server, too short or too long, or a wrong checksum (then the partial file is removed); ValueError
-    for another scheme.
+    An interrupted transfer goes on where it stopped if the server can (Range) and proves by ETag or Last-Modified that
+    it still has the same file, or a checksum is given that will tell; else from the beginning. `retries` further
+    attempts in a row may bring nothing new, waiting backoff_seconds, doubled each time; one that moves forward gives
+    them back. Given up is an attempt that brings less than `least_rate` bytes per second over timeout_seconds, and one
+    that passes `max_bytes` if the server announces no length.
+
+    Raises DownloadError: refused by the server, too short or too long, a wrong checksum, or without a checksum a
+    content that is not what the name of `path` (or the address) says, see content.py; the partial file is then
+    removed. ValueError for another scheme.
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{url!r}: only http and https addresses can be fetched")
     path = Path(path)
-    if path.is_file() and _mismatch(path, size, sha256, md5) is None:
+    name = path.name if path.suffix else urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1]
+    is_checked = sha256 is not None or md5 is not None
+    if path.is_file() and _mismatch(path, size, sha256, md5) is None and (is_checked or not _is_worthless(path, name)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.etag")
+    part = _Part(path.with_name(path.name + ".part"), url)
+    was_there = part.size() > 0
     with _bar(path.name, show) as advance:
-        for attempt in range(retries + 1):
-            try:
-                _transfer(url, part, tag, size, timeout_seconds, advance)
+        while True:
+            _attempts(
+                lambda: _transfer(url, part, name, size, is_checked, timeout_seconds, least_rate, max_bytes, advance),
+                url,
+                part,
+                retries,
+                backoff_seconds,
+            )
+            wrong = _mismatch(part.path, size, sha256, md5)
+            if wrong is None and not is_checked:
+                try:
+                    check_content(part.path, name)
+                except ValueError as error:
+                    wrong = str(error)
+            if wrong is None:
                 break
-            except urllib.error.HTTPError as error:
-                # 408, 429 and 5xx may pass; any other 4xx will not.
-                if error.code < 500 and error.code not in (408, 429):
-                    raise DownloadError(
-                        f"{url}: the server answers {error.code} {error.reason}; check the address"
-                    ) from error
-                problem: Exception = error
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                problem = error
-            if attempt == retries:
-                have = part.stat().st_size if part.is_file() else 0
-                raise DownloadError(
-                    f"{url}: {retries + 1} attempts failed, the last with {problem!r}; "
-                    f"{have} bytes are kept in {part}, the same command goes on from there"
-                ) from problem
-            time.sleep(backoff_seconds * 2**attempt)
-    wrong = _mismatch(part, size, sha256, md5)
-    if wrong is not None:
-        part.unlink()
-        tag.unlink(missing_ok=True)
-        raise DownloadError(f"{url}: {wrong}; the file was removed, try again, or the source has changed")
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-    tag.unlink(missing_ok=True)
+            part.remove()
+            if not was_there:
+                raise DownloadError(f"{url}: {wrong}; the file was removed, try again, or the source has changed")
+            was_there = False  # what an earlier call left may be to blame: once more from the beginning
+    part.publish(path)
     return path
 
 
 def remember(path: Path | str) -> str:
     """For a source that publishes no checksum: keep the first one in <path>.sha256, and hold later files to it.
 
-    Returns the sha256. Raises DownloadError if the file is another than the one remembered.
+    The first file is tested before (content.py). Returns the sha256. Raises DownloadError if the file is another than
+    the one remembered, or not what its name says.
     """
     path, note = Path(path), Path(f"{path}.sha256")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not note.is_file():
-        note.write_text(f"{found}  {path.name}\n")
-    elif note.read_text().split()[0] != found:
+        try:
+            check_content(path, path.name)
+        except ValueError as error:
+            raise DownloadError(f"{error}; remove it and download again") from error
+        write_text(note, f"{found}  {path.name}\n")
+        return found
+    known = note.read_bytes()[:64].decode("ascii", "replace")
+    if not re.fullmatch("[0-9a-f]{64}", known):
+        raise DownloadError(f"{note}: {known[:20]!r} is no sha256; remove it to accept the present {path.name}")
+    if known != found:
         raise DownloadError(
-            f"{path}: sha256 {found} is not the {note.read_text().split()[0]} of the first download; "
+            f"{path}: sha256 {found} is not the {known} of the first download; "
             f"the source has changed: look into it, and remove {note} to accept the new file"
         )
     return found
-
-
-def extract(
-    archive: Path | str, folder: Path | str, *, max_bytes: int = 64 * GIB, max_files: int = 1_000_000
-) -> list[Path]:
-    """Unpack a tar or zip below `folder`, made if need be; returns the files written, existing ones replaced.
-
-    Refused with UnsafeArchive: absolute names, "..", links and devices, names that pass through a link in `folder`,
-    more than `max_files` files, more than `max_bytes` unpacked bytes (counted while writing: what the archive declares
-    is not believed). Raises ValueError for a file that is neither, or is damaged. Files unpacked before the offence
-    stay.
-    """
-    archive, folder = Path(archive), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    total = 0
-    try:
-        for name, size, source in _members(archive):
-            target = _target(archive, folder, name)
-            if len(written) >= max_files:
-                raise UnsafeArchive(f"{archive}: more than {max_files} files; raise max_files if that is right")
-            if total + size > max_bytes:
-                raise UnsafeArchive(
-                    f"{archive}: unpacks to more than {max_bytes} bytes; raise max_bytes if that is right"
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(target.name + ".part")
-            try:
-                with source() as reader, part.open("wb") as writer:
-                    while chunk := reader.read(CHUNK):
-                        total += len(chunk)
-                        if total > max_bytes:
-                            raise UnsafeArchive(
-                                f"{archive}: unpacks to more than {max_bytes} bytes; raise max_bytes if that is right"
-                            )
-                        writer.write(chunk)
-                part.replace(target)
-            finally:
-                part.unlink(missing_ok=True)
-            written.append(target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{archive}: is damaged ({error}); download it again") from error
-    return written
 
 
 def free_bytes(folder: Path | str) -> int:
@@ -173,51 +132,170 @@ def free_bytes(folder: Path | str) -> int:
     return shutil.disk_usage(folder).free
 
 
+def _attempts(transfer: Callable[[], None], url: str, part: "_Part", retries: int, backoff_seconds: float) -> None:
+    """Call `transfer` until it returns. DownloadError once 1 + `retries` attempts in a row brought nothing new."""
+    failures, furthest = 0, part.size()
+    while True:
+        try:
+            return transfer()
+        except urllib.error.HTTPError as error:
+            error.close()
+            # 408, 429 and 5xx may pass; any other answer will not.
+            if error.code < 500 and error.code not in (408, 429):
+                reason = " ".join(str(error.reason).split())[:200]
+                raise DownloadError(f"{url}: the server answers {error.code} {reason}; check the address") from error
+            problem: Exception = error
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DownloadError(f"{url}: {error}; check the address") from error
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            problem = error
+        have = part.size()
+        # A thousandth of the file at least: a server that cuts after each byte is not followed for years.
+        if have - furthest >= min(CHUNK, (part.total() or CHUNK) // 1000) and not isinstance(problem, Slow):
+            failures = 0
+        furthest = max(furthest, have)
+        if failures >= retries:
+            raise DownloadError(
+                f"{url}: {failures + 1} attempts failed, the last with {problem!r}; "
+                f"{have} bytes are kept in {part.path}, the same command goes on from there"
+            ) from problem
+        time.sleep(backoff_seconds * 2**failures)
+        failures += 1
+
+
+class _Part:
+    """The partial file, and beside it of which version of which address it is a part."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path, self.url = path, url
+        self.note = path.with_name(path.name + ".source")
+
+    def size(self) -> int:
+        """Bytes there. A link or a device is removed, never followed or written to."""
+        try:
+            found = self.path.lstat()
+        except FileNotFoundError:
+            return 0
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            return found.st_size
+        if stat.S_ISDIR(found.st_mode):
+            raise DownloadError(f"{self.path}: is a folder where the partial file belongs; remove it")
+        self.path.unlink()
+        return 0
+
+    def version(self) -> dict[str, str | int | None]:
+        """etag, modified (both only if they prove equality) and total; empty if unknown or of another address."""
+        try:
+            if self.note.is_symlink():
+                return {}
+            version = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return version if isinstance(version, dict) and version.get("url") == self.url else {}
+
+    def total(self) -> int | None:
+        total = self.version().get("total")
+        return total if isinstance(total, int) else None
+
+    def open(self, version: dict[str, str | int | None] | None) -> int:
+        """A descriptor: at the end of what is there, or (with the version that begins) of a new file."""
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        if version is None:
+            return os.open(self.path, flags | os.O_APPEND)
+        self.remove()
+        write_text(self.note, json.dumps({"url": self.url, **version}))
+        return os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+
+    def publish(self, path: Path) -> None:
+        publish(self.path, path)
+        self.note.unlink(missing_ok=True)
+
+
 def _transfer(
-    url: str, part: Path, tag: Path, size: int | None, timeout: float, advance: Callable[[int, int | None], None]
+    url: str,
+    part: _Part,
+    name: str,
+    size: int | None,
+    is_checked: bool,
+    timeout: float,
+    least_rate: int,
+    max_bytes: int,
+    advance: Callable[[int, int | None], None],
 ) -> None:
     """One attempt: append to `part` what is missing. Raises what urllib raises; ConnectionError if it stays short."""
-    have = part.stat().st_size if part.is_file() else 0
-    known = tag.read_text() if tag.is_file() else ""
+    have, known = part.size(), part.version()
+    if have and have == known.get("total"):
+        return
+    validator = known.get("etag") or known.get("modified")
     headers = {"User-Agent": "dr2net", "Accept-Encoding": "identity"}
-    if have:
+    if have and (validator or is_checked):
         headers["Range"] = f"bytes={have}-"
-        if known:
-            headers["If-Range"] = known  # another file by now: the server sends all of it
+        if validator:
+            headers["If-Range"] = str(validator)  # another file by now: the server sends all of it
+    answer = Answer(urllib.request.Request(url, headers=headers), timeout, least_rate)
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise
-        error.close()
-        if size == have or error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # all of it was there already
-        part.unlink()
-        raise ConnectionError("the server does not know the rest of the partial file; starting again") from error
-    with response:
-        resumed = response.status == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise ConnectionError("the server sent another range than asked for; starting again")
-        if not resumed:
-            have = 0
-        etag = response.headers.get("ETag", "")
-        tag.write_text("" if etag.startswith("W/") else etag)
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None else size
-        if size is not None and total is not None and total != size:
+        try:
+            status, fields = answer.begin()
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or "Range" not in headers:
+                raise
+            error.close()
+            if is_checked and (size == have or error.headers.get("Content-Range") == f"bytes */{have}"):
+                return  # all of it was there already
+            part.remove()
+            raise ConnectionError("the server does not know the rest of the partial file; starting again") from error
+        begin, total = extent(status, fields, have if "Range" in headers else 0)
+        version: dict[str, str | int | None] = {**validators(fields), "total": total}
+        if begin:
+            differs = any(known.get(k) and version[k] and known[k] != version[k] for k in version)
+            if differs or (validator and validator not in (version["etag"], version["modified"])):
+                part.remove()
+                raise ConnectionError("the server sent a piece of another file than the first; starting again")
+        total = total if total is not None else size
+        if size is not None and total != size:
             raise DownloadError(f"{url}: the server offers {total} bytes, {size} are expected; the source has changed")
-        done = have
-        with part.open("ab" if resumed else "wb") as file:
+        coding = fields.get("Content-Encoding", "identity").strip().lower()
+        if coding not in ("", "identity") and not (coding.endswith("gzip") and name.endswith(("gz", ".svgz"))):
+            raise DownloadError(f"{url}: the server sends {coding} though the file was asked for; use another mirror")
+        is_html = "html" in fields.get("Content-Type", "") and not is_checked
+        if is_html and not name.lower().endswith((".html", ".htm")):
+            raise DownloadError(
+                f"{url}: the server sends a web page ({fields['Content-Type']}) instead of {name}; open the address "
+                "in a browser, it may want a login or be over its quota"
+            )
+        if total is not None and total - begin > free_bytes(part.path.parent):
+            raise DownloadError(f"{url}: {total - begin} bytes do not fit on the disk of {part.path}; free space")
+        done, limit = begin, total if total is not None else max_bytes
+        with os.fdopen(part.open(None if begin else version), "wb") as file:
             advance(done, total)
-            while chunk := response.read(CHUNK):
+            for chunk in answer.chunks():
+                if not done and not is_checked and is_page(chunk, name):
+                    part.remove()
+                    raise DownloadError(
+                        f"{url}: the server sends a web page ({chunk[:40]!r}) instead of {name}; open the address in "
+                        "a browser, it may want a login or be over its quota"
+                    )
                 done += len(chunk)
-                if total is not None and done > total:
-                    raise DownloadError(f"{url}: the server sends more than the {total} bytes announced")
-                file.write(chunk)
+                if done > limit:
+                    what = "announced" if total is not None else "allowed without an announced length"
+                    part.remove()
+                    raise DownloadError(f"{url}: the server sends more than the {limit} bytes {what}; look into it")
+                try:
+                    file.write(chunk)
+                    file.flush()
+                except OSError as error:
+                    raise DownloadError(
+                        f"{part.path}: cannot be written ({error.strerror}); free disk space, the same command goes on"
+                    ) from error
                 advance(done, total)
-        if total is not None and done < total:
-            raise ConnectionError(f"the connection closed after {done} of {total} bytes")
+    finally:
+        answer.close()
+    if total is not None and done < total:
+        raise ConnectionError(f"the connection closed after {done} of {total} bytes")
 
 
 def _mismatch(path: Path, size: int | None, sha256: str | None, md5: str | None) -> str | None:
@@ -233,41 +311,11 @@ def _mismatch(path: Path, size: int | None, sha256: str | None, md5: str | None)
     return None
 
 
-def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
-    """(name, declared size, opener) of each file; folders are left out; anything else is refused."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as bundle:
-            for member in bundle.infolist():
-                kind = member.external_attr >> 16 & 0o170000  # the Unix file type, 0 if the maker had none
-                if kind not in (0, 0o100000, 0o040000):
-                    raise UnsafeArchive(f"{archive}: {member.filename!r} is a link or device; it is not unpacked")
-                if not member.is_dir():
-                    yield member.filename, member.file_size, lambda member=member: bundle.open(member)
-        return
-    try:
-        bundle = tarfile.open(archive, "r:*")
-    except tarfile.ReadError as error:
-        raise ValueError(f"{archive}: is neither tar nor zip ({error}); download it again") from error
-    with bundle:
-        for member in bundle:
-            if not (member.isreg() or member.isdir()):
-                raise UnsafeArchive(f"{archive}: {member.name!r} is a link or device; it is not unpacked")
-            if member.isreg():
-                yield member.name, member.size, lambda member=member: bundle.extractfile(member)
-        while bundle.fileobj.read(CHUNK):  # the compressor's checksum stands behind the last member
-            pass
-
-
-def _target(archive: Path, folder: Path, name: str) -> Path:
-    """Where a member goes. UnsafeArchive if that is not below `folder`, links in `folder` followed."""
-    parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name or not parts[-1]:
-        raise UnsafeArchive(f"{archive}: {name!r} would be written outside {folder}")
-    target = folder.joinpath(*parts)
-    root = folder.resolve()
-    if (root not in target.parent.resolve().parents and target.parent.resolve() != root) or target.is_symlink():
-        raise UnsafeArchive(f"{archive}: {name!r} passes through a link out of {folder}")
-    return target
+def _is_worthless(path: Path, name: str) -> bool:
+    """Whether a file that stands there is empty or a web page: what earlier versions kept."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return not start or is_page(start, name)
 
 
 @contextmanager

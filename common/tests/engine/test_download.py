@@ -1,8 +1,6 @@
-"""Transfers that break, servers that misbehave and archives that attack; all against a server on 127.0.0.1."""
+"""Transfers that break and servers that misbehave; all against a server on 127.0.0.1."""
 
 import hashlib
-import io
-import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.download import DownloadError, UnsafeArchive, download, extract, main, remember
+from engine.data.download import DownloadError, download, main, remember
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
@@ -98,9 +96,9 @@ def test_an_interrupted_transfer_goes_on_where_it_stopped(server, tmp_path):
 
 
 def test_when_all_attempts_fail_the_next_call_uses_the_partial_file(server, tmp_path):
-    server.cut_after, server.cuts = 70_000, 2
-    with pytest.raises(DownloadError, match="2 attempts failed.*goes on from there"):
-        fetch(server, tmp_path / "f", retries=1)
+    server.cut_after, server.cuts = 70_000, 1
+    with pytest.raises(DownloadError, match="1 attempts failed.*goes on from there"):
+        fetch(server, tmp_path / "f", retries=0)
     assert not (tmp_path / "f").exists()
     kept = (tmp_path / "f.part").stat().st_size
     assert kept > 0
@@ -155,7 +153,9 @@ def test_where_no_checksum_is_published_later_files_are_held_to_the_first(server
 
 
 def test_the_command_line_fetches_and_unpacks_and_says_one_line_of_errors(server, tmp_path, capsys):
-    server.content = zip_of(tmp_path / "source.zip", [("a/b.txt", b"x")]).read_bytes()
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as bundle:
+        bundle.writestr("a/b.txt", b"x")
+    server.content = (tmp_path / "source.zip").read_bytes()
     url, file = f"http://127.0.0.1:{server.server_port}/file.zip", str(tmp_path / "file.zip")
     main(["fetch", url, file])
     main(["extract", file, str(tmp_path / "out")])
@@ -180,109 +180,3 @@ def test_only_web_addresses_are_fetched(tmp_path):
     for url in ("file:///etc/hostname", "ftp://127.0.0.1/x", "/etc/hostname"):
         with pytest.raises(ValueError, match="only http and https"):
             download(url, tmp_path / "f", show=False)
-
-
-def tar_of(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as bundle:
-        for name, content in members:
-            if isinstance(content, tarfile.TarInfo):
-                bundle.addfile(content)
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                bundle.addfile(info, io.BytesIO(content))
-    return path
-
-
-def zip_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, content in members:
-            bundle.writestr(name, content)
-    return path
-
-
-GOOD = [("a/one.txt", b"1"), ("a/b/two.txt", b"22"), ("three.txt", b"")]
-
-
-@pytest.mark.parametrize("make", [zip_of, tar_of, lambda p, m: tar_of(p, m, "w"), lambda p, m: tar_of(p, m, "w:xz")])
-def test_harmless_archives_unpack_again_and_again(make, tmp_path):
-    archive = make(tmp_path / "archive", GOOD)
-    for _ in range(2):
-        written = extract(archive, tmp_path / "out")
-        assert {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in written} == dict(GOOD)
-
-
-@pytest.mark.parametrize("make", [zip_of, tar_of])
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:\\evil"])
-def test_names_that_leave_the_folder_are_refused(make, name, tmp_path):
-    archive = make(tmp_path / "archive", [(name, b"x")])
-    with pytest.raises(UnsafeArchive, match="outside"):
-        extract(archive, tmp_path / "deep" / "out")
-    assert not [p for p in tmp_path.rglob("*") if "evil" in p.name]
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_in_a_tar_are_refused(kind, tmp_path):
-    link = tarfile.TarInfo("link")
-    link.type, link.linkname = kind, "/etc"
-    archive = tar_of(tmp_path / "archive", [("link", link), ("link/passwd", b"x")])
-    with pytest.raises(UnsafeArchive, match="link or device"):
-        extract(archive, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_links_in_a_zip_are_refused(tmp_path):
-    link = zipfile.ZipInfo("link")
-    link.create_system, link.external_attr = 3, 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "archive", "w") as bundle:
-        bundle.writestr(link, "/etc")
-    with pytest.raises(UnsafeArchive, match="link or device"):
-        extract(tmp_path / "archive", tmp_path / "out")
-
-
-def test_a_link_that_waits_in_the_folder_is_not_followed(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "out" / "three.txt").symlink_to(tmp_path / "elsewhere" / "three.txt")
-    for member in (GOOD[0], GOOD[2]):
-        with pytest.raises(UnsafeArchive, match="through a link"):
-            extract(zip_of(tmp_path / "archive", [member]), tmp_path / "out")
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-@pytest.mark.parametrize("make", [zip_of, tar_of])
-def test_bombs_stop_at_the_limits(make, tmp_path):
-    bomb = make(tmp_path / "bomb", [("zeros", bytes(5_000_000))])
-    assert bomb.stat().st_size < 10_000  # it is one
-    with pytest.raises(UnsafeArchive, match="more than 1000000 bytes"):
-        extract(bomb, tmp_path / "out", max_bytes=1_000_000)
-    with pytest.raises(UnsafeArchive, match="more than 2 files"):
-        extract(make(tmp_path / "many", GOOD), tmp_path / "out", max_files=2)
-    assert sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()) < 1_000_000
-
-
-def test_a_zip_that_lies_about_its_size_stops_at_the_limit_or_is_called_damaged(tmp_path):
-    archive = zip_of(tmp_path / "archive", [("zeros", bytes(5_000_000))])
-    content = archive.read_bytes()
-    lie = content.replace((5_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
-    assert lie != content
-    archive.write_bytes(lie)
-    with pytest.raises(ValueError, match="archive"):
-        extract(archive, tmp_path / "out", max_bytes=1_000_000)
-    assert sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()) <= 1_000_000
-
-
-@pytest.mark.parametrize("make", [zip_of, tar_of])
-def test_damaged_archives_are_named(make, tmp_path):
-    archive = make(tmp_path / "archive", [("a", np.random.default_rng(0).bytes(100_000))])
-    content = archive.read_bytes()
-    archive.write_bytes(content[:60_000])
-    with pytest.raises(ValueError, match="archive"):
-        extract(archive, tmp_path / "out")
-    archive.write_bytes(content[:50_000] + bytes(20) + content[50_020:])
-    with pytest.raises(ValueError, match="damaged"):
-        extract(archive, tmp_path / "out")
-    archive.write_text("this is no archive")
-    with pytest.raises(ValueError, match="neither tar nor zip"):
-        extract(archive, tmp_path / "out")
