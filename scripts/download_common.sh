@@ -1,7 +1,6 @@
 # Sourced by the download scripts once ROOT names the default folder: reads [ROOT] [--dry-run], goes to the repository's
 # root. `run` runs a command, or with --dry-run prints it.
 set -euo pipefail
-PYTHON="${PYTHON:-.venv/bin/python}"
 DOWNLOAD="common/engine/data/download.py"
 DRY_RUN=0
 
@@ -16,6 +15,7 @@ done
 ROOT="$(realpath -m "$ROOT")"
 ARCHIVES="$ROOT/archives"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/python.sh
 export PYTHONPATH="common:."
 
 run() {

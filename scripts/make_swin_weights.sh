@@ -5,6 +5,6 @@
 # Needed only to change the small Video Swin. Every run with the same steps on the same machine gives the same weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-.venv/bin/python}
+source scripts/python.sh
 export PYTHONPATH="common:."
 exec "$PYTHON" -m action_detection.pretrain "$@"
