@@ -198,7 +198,8 @@ def test_there_is_one_autograd_function() -> None:
 
 
 def readmes() -> list[Path]:
-    places = [ROOT / "README.md", ROOT / "common" / "README.md", ROOT / "results" / "README.md"]
+    names = ("README.md", "CONTRIBUTING.md", "common/README.md", "results/README.md")
+    places = [ROOT / name for name in names]
     return [path for path in [*places, *(ROOT / task / "README.md" for task in TASKS)] if path.exists()]
 
 
@@ -243,6 +244,12 @@ def test_committed_results_are_strict_json() -> None:
 def test_the_package_needs_only_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {Requirement(need).name for need in project["dependencies"]} == {"torch"}
+
+
+def test_citation_and_change_log_are_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 
 
 def test_the_lock_has_one_version_of_everything_that_an_extra_names() -> None:
