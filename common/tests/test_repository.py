@@ -217,6 +217,16 @@ def commands(text: str) -> list[str]:
     return [line for line in stripped if re.match(r"(bash|python|torchrun|dr2net) [\w-]", line)]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_result_that_a_readme_expects_is_that_of_a_record(task: str) -> None:
+    lines = re.findall(r"^ +(\w+) seed (\d+): (.+)$", (ROOT / task / "README.md").read_text(), flags=re.M)
+    assert lines
+    for row, seed, metrics in lines:
+        runs = json.loads((ROOT / "results" / task / f"{row}.json").read_text())["runs"]
+        (run,) = [run for run in runs if run["seed"] == int(seed)]
+        assert metrics == ", ".join(f"{name} {value:.1f}" for name, value in run["metrics"].items())
+
+
 @pytest.mark.parametrize("readme", readmes(), ids=relative)
 def test_commands_of_a_readme_exist(readme: Path) -> None:
     for line in commands(readme.read_text()):
