@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -190,13 +191,13 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 member.file_size,
                 member.is_dir(),
                 is_locked,
-                lambda member=member: bundle.open(member),
+                partial(bundle.open, member),
             )
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
     try:
-        bundle = tarfile.open(archive, "r:*", tarinfo=_Header)
+        bundle = _Tar.open(archive, "r:*", tarinfo=_Header)
     except tarfile.ReadError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"is neither tar nor zip: {reason}") from error
@@ -207,9 +208,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
                 raise UnsafeArchive(f"{member.name!r} is a link or device; it is not unpacked")
             if member.size < 0:
                 raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
-            yield _Member(
-                member.name, member.size, member.isdir(), False, lambda member=member: bundle.extractfile(member)
-            )
+            yield _Member(member.name, member.size, member.isdir(), False, partial(bundle.extract_member, member))
         padding = 0
         while chunk := bundle.fileobj.read(CHUNK):  # the compressor's checksum stands behind the last member
             padding += len(chunk)
@@ -217,30 +216,42 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
                 raise UnsafeArchive(f"more than {MAX_PADDING} bytes behind its end; download it again")
 
 
+class _Tar(tarfile.TarFile):
+    """With what is counted over the whole archive."""
+
+    members: list[tarfile.TarInfo]
+    global_bytes = 0  # of the headers that stay in memory until the end
+
+    def extract_member(self, member: tarfile.TarInfo) -> IO[bytes]:
+        reader = self.extractfile(member)
+        assert reader is not None, "only of files"
+        return reader
+
+
 class _Header(tarfile.TarInfo):
     """A header of bounded size; one that cannot be read is damage, where tarfile takes it for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            return super().frombuf(buf, encoding, errors)  # the mark of the end
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"not a tar header: {error}") from error
 
-    def _proc_member(self, bundle: tarfile.TarFile) -> tarfile.TarInfo:
+    def _proc_member(self, bundle: _Tar) -> tarfile.TarInfo:
         if self.size < 0:
             raise tarfile.ReadError(f"{self.name!r} has {self.size} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
             self._proc_gnusparse_10()
         if self.type in _EXTENSIONS:
             read = self.size
-            if self.type == tarfile.XGLTYPE:  # these stay in memory until the end, so they are counted together
-                read = bundle.global_bytes = getattr(bundle, "global_bytes", 0) + self.size
+            if self.type == tarfile.XGLTYPE:
+                read = bundle.global_bytes = bundle.global_bytes + self.size
             if read > MAX_HEADER:
                 raise UnsafeArchive(f"a header of {read} bytes, more than {MAX_HEADER}; it is not unpacked")
-        return super()._proc_member(bundle)
+        return super()._proc_member(bundle)  # type: ignore[misc]  # the entry for subclasses, not in the stubs
 
     def _proc_gnusparse_10(self, *arguments: object) -> None:
         raise UnsafeArchive(f"{self.name[:80]!r} is a sparse file; it is not unpacked: repack it without --sparse")

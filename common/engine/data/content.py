@@ -6,15 +6,16 @@ Not here: whether it is the right file; that takes a checksum.
 """
 
 import gzip
-import json
 import zlib
 from pathlib import Path
 
 from engine.data.archives import CHUNK, check_archive
+from engine.files import read_json, read_text
 
 ARCHIVES = (".zip", ".whl", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXTS = (".csv", ".tsv", ".txt")
 PAGES = (".html", ".htm", ".xhtml", ".xml", ".svg")
+REMEDY = "download it again"
 _PAGE_MARKS = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml")
 
 
@@ -51,15 +52,6 @@ def check_content(path: Path, name: str) -> None:
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: is damaged ({error}); download it again") from error
     elif name.endswith(".json"):
-        try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: is not JSON ({error}); download it again") from error
-    elif name.endswith(TEXTS):
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                has_nul = any("\0" in piece for piece in iter(lambda: file.read(CHUNK), ""))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: is not UTF-8 text ({error}); download it again") from error
-        if has_nul:
-            raise ValueError(f"{path}: is not text, it holds zero bytes; download it again")
+        read_json(path, REMEDY)
+    elif name.endswith(TEXTS) and "\0" in read_text(path, REMEDY):
+        raise ValueError(f"{path}: is not text, it holds zero bytes; {REMEDY}")

@@ -31,7 +31,7 @@ from pathlib import Path
 from engine.data.archives import CHUNK, GIB, UnsafeArchive, extract
 from engine.data.content import check_content, is_page
 from engine.data.web import Answer, DownloadError, Slow, extent, validators
-from engine.files import publish, write_text
+from engine.files import publish, read_json, write_text
 
 __all__ = ["DownloadError", "UnsafeArchive", "download", "extract", "free_bytes", "remember"]
 
@@ -188,8 +188,8 @@ class _Part:
         try:
             if self.note.is_symlink():
                 return {}
-            version = json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            version = read_json(self.note, "remove it")
+        except (OSError, ValueError):
             return {}
         return version if isinstance(version, dict) and version.get("url") == self.url else {}
 

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import IO, Any
 
 _PIECE = 1 << 18  # bytes asked of the network at a time
 
@@ -62,7 +63,15 @@ def validators(fields: http.client.HTTPMessage) -> dict[str, str | int | None]:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Never from the web to another scheme, nor from https to http."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[override]
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
         allowed = ("https",) if req.type == "https" else ("http", "https")
         if urllib.parse.urlsplit(newurl).scheme not in allowed:
             raise DownloadError(
@@ -113,7 +122,7 @@ class Answer:
     def close(self) -> None:
         self.is_closed.set()
 
-    def _next(self, deadline: float, received: int):
+    def _next(self, deadline: float, received: int) -> Any:
         try:
             piece = self.pieces.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -122,7 +131,7 @@ class Answer:
             raise piece
         return piece
 
-    def _put(self, piece) -> None:
+    def _put(self, piece: object) -> None:
         while not self.is_closed.is_set():
             with contextlib.suppress(queue.Full):
                 self.pieces.put(piece, timeout=0.2)
