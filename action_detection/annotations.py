@@ -118,6 +118,8 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
     remedy = "mend it, or take the video out"
     try:
         duration, subset, items = entry["duration"], entry["subset"], entry["annotations"]
+        if not isinstance(items, list):
+            raise ValueError(f"the annotations {str(items)[:60]!r}")
         for item in items:
             start, end = item["segment"]
             if not (math.isfinite(start) and math.isfinite(end) and isinstance(item["label"], str)):

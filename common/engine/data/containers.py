@@ -25,6 +25,11 @@ BOXES = frozenset(
 )
 EBML, SEGMENT, TRACKS, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1654AE6B, 0x1F43B675
 TRACK_ENTRY, TRACK_TYPE, VIDEO, PROJECTION, ROLL = 0xAE, 0x83, 0xE0, 0x7670, 0x7675
+# All that the specification has in a segment, and in a cluster; another id there shows damage.
+IN_SEGMENT = frozenset({0x114D9B74, 0x1549A966, TRACKS, CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367})
+IN_CLUSTER = frozenset({0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF})
+ANYWHERE = frozenset({0xEC, 0xBF})  # void, checksum
+MAX_CLUSTER = 1 << 26  # bytes of a cluster that is looked into
 # Elements that hold others and may be without a size, in files that were written as a stream.
 UNSIZED = frozenset({SEGMENT, CLUSTER})
 
@@ -32,7 +37,7 @@ UNSIZED = frozenset({SEGMENT, CLUSTER})
 class Structure(NamedTuple):
     """What the parts of a file tell."""
 
-    cut: str | None  # where the end is missing, or None
+    cut: str | None  # what is missing or damaged, or None
     turn: Turn  # (a, b, c, d), each -1, 0 or 1: stored column x and row y are shown at (a x + c y, b x + d y)
     fragmented: bool = False  # an mp4 in pieces, each with its own times, as streaming has it
 
@@ -154,8 +159,8 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _look_matroska(file: BinaryIO, size: int) -> Structure:
     """Top elements in turn. A segment with a size tells the end of the file; one without is walked to its end."""
-    at, turn, sized = 0, UPRIGHT, False
-    while at < size:
+    at, turn, end = 0, UPRIGHT, None  # end: of a segment with a size
+    while at < (size if end is None else end):
         file.seek(at)
         head = file.read(12)
         try:
@@ -165,6 +170,8 @@ def _look_matroska(file: BinaryIO, size: int) -> Structure:
             cut = "it ends inside the header of an element" if size - at < 12 and any(head) else None
             return Structure(cut, turn)
         body = at + place
+        if end is not None and kind not in IN_SEGMENT | ANYWHERE:
+            return Structure(f"the part at byte {at} is damaged", turn)
         if unsized and kind in UNSIZED:
             at = body
             continue
@@ -175,12 +182,32 @@ def _look_matroska(file: BinaryIO, size: int) -> Structure:
             file.seek(body)
             turn = _turn_of_matroska(file.read(length))
         if kind == SEGMENT:
-            sized, at = True, body
+            at, end = body, stop
             continue
-        if sized and kind in (TRACKS, CLUSTER):  # its size was right, and what follows is for the demuxer
-            break
+        if kind == CLUSTER and length <= MAX_CLUSTER:
+            file.seek(body)
+            content = file.read(length)
+            if not _is_cluster(content):
+                return Structure(f"the frames from byte {at} on are damaged", turn)
         at = stop
+    if end is not None and at != end:
+        return Structure(f"its parts end at byte {at} and not {end}", turn)
     return Structure(None, turn)
+
+
+def _is_cluster(data: bytes) -> bool:
+    """Whether known elements fill a cluster to its end; else the demuxer leaves frames out without a word."""
+    at, known = 0, IN_CLUSTER | ANYWHERE
+    try:
+        while at < len(data):
+            kind, at, _ = _number(data, at, keep_marker=True)
+            length, at, unsized = _number(data, at, keep_marker=False)
+            if kind not in known or unsized:
+                return False
+            at += length
+    except EOFError:
+        return False
+    return at == len(data)
 
 
 def _turn_of_matroska(tracks: bytes) -> Turn:

@@ -254,7 +254,7 @@ def _walk_file(path: str, changed: int, size: int) -> tuple[VideoInfo, _Order]:
     structure = look(path)
     with _open(path, fragmented=structure.fragmented) as container, _blamed_on(path, "is damaged"):
         if structure.cut is not None:
-            raise BrokenVideo(path, f"is cut short: {structure.cut}")
+            raise BrokenVideo(path, f"is cut short or damaged: {structure.cut}")
         return _walk_stream(path, container, _video_stream(container, path), structure)
 
 
@@ -369,6 +369,8 @@ def _read_av(path: Path | str, wanted: np.ndarray, order: _Order, size: tuple[in
                 for count, frame in enumerate(container.decode(stream)):
                     index = index_of.get(frame.pts) if order.timed else count
                     if index in needed:
+                        if frame.is_corrupt:
+                            raise BrokenVideo(path, f"frame {index} is damaged")
                         found[index] = show(frame.to_ndarray(format="rgb24"), order.structure.turn)
                         if len(found) == len(needed):
                             break
