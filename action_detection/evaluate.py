@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def read_truth(config: Config) -> Truth:
 
 def collect(model: Model, batch: Batch, config: Config) -> list[Window]:
     """The candidates in each window of the batch."""
-    return model.head.detect(model(batch), batch, config.detection)
+    return cast(Any, model).head.detect(model(batch), batch, config.detection)
 
 
 def score(rows: Sequence[Window], truth: Truth, config: Config) -> dict[str, float]:

@@ -79,8 +79,8 @@ class ActionFormerHead(nn.Module):
         self.classification = Tower(width, num_classes)
         self.regression = Tower(width, 2)
         self.scale = nn.Parameter(torch.ones(num_levels))  # of the distances, per level
-        nn.init.constant_(self.classification.last.bias, -math.log(99))  # every class starts at probability 0.01
-        nn.init.ones_(self.regression.last.bias)  # a distance that starts below zero would get no gradient, and stay
+        self.classification.start_at(-math.log(99))  # every class starts at probability 0.01
+        self.regression.start_at(1.0)  # a distance that starts below zero would get no gradient, and stay
 
     def forward(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x = features * mask[:, None]
@@ -163,7 +163,12 @@ class Tower(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(ConvNormReLU(width, width) for _ in range(num_layers - 1))
         self.last = nn.Conv1d(width, out, 3, padding=1)
-        nn.init.zeros_(self.last.bias)
+        self.start_at(0.0)
+
+    def start_at(self, value: float) -> None:
+        """Give the bias of the last layer this value."""
+        assert self.last.bias is not None
+        nn.init.constant_(self.last.bias, value)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer in self.layers:
@@ -198,11 +203,11 @@ class Block(nn.Module):
             x = F.max_pool1d(x.masked_fill(~mask[:, None], -torch.inf), 3, stride=self.stride, padding=1)
             mask = mask[:, :: self.stride]
             x = x.masked_fill(~mask[:, None], 0)
-        heads = [  # (B, heads, N, C / heads) each of query, key, value
+        q, k, v = [  # (B, heads, N, C / heads) each of query, key, value
             linear(norm(conv(y))).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
             for conv, norm, linear in zip(self.local, self.local_norm, self.qkv, strict=True)
         ]
-        y = self.out(local_attention(*heads, mask, self.window).transpose(2, 3).flatten(1, 2))
+        y = self.out(local_attention(q, k, v, mask, self.window).transpose(2, 3).flatten(1, 2))
         x = x + stochastic_depth(self.scale1[:, None] * y, self.drop_path, "row", self.training) * mask[:, None]
         y = self.mlp(self.norm2(x))
         return x + stochastic_depth(self.scale2[:, None] * y, self.drop_path, "row", self.training) * mask[:, None]

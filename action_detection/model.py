@@ -6,7 +6,7 @@
 schedules, precision, suppression of duplicates.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class ActionDetector(Model):
 
     def losses(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
         """Those of the head."""
-        return self.head.losses(outputs, batch)
+        return cast(Any, self.head).losses(outputs, batch)
 
 
 def build_model(config: Config, *, pretrained: bool = True) -> ActionDetector:

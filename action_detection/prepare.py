@@ -59,6 +59,7 @@ def check(arguments: Arguments) -> Check:
     if arguments.thumos_annotations is not None:
         written = write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)
         print(f"{written}: written")
+    assert arguments.kind is not None, "preparation checks a layout that was named"
     data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
     file = annotation_file(data)
     data = replace(data, num_classes=len(read_database(file)[0]))

@@ -19,7 +19,7 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -129,7 +129,8 @@ def render_strips(numbers: list[int], num_frames: int, size: int, group: Group) 
     names, videos, labels = list(MOTIONS), [], []
     for number in numbers:
         rng = np.random.default_rng([5, number])
-        frames, classes = [], []
+        frames: list[np.ndarray] = []
+        classes: list[int] = []
         while len(classes) < num_frames:
             motion, length = int(rng.integers(len(names))), int(rng.integers(LENGTHS[0], LENGTHS[1] + 1))
             key = (5, number, len(classes))
@@ -159,7 +160,7 @@ def losses_of(outputs: Outputs, targets: Targets, labels: Tensor | None, spread:
     parts = {"share": sum(where), "flow": sum(how), "rates": rates}
     if labels is not None:
         parts["class"] = F.cross_entropy(outputs.logits[drawn:], labels, ignore_index=IGNORED)
-    return parts
+    return cast(dict[str, Tensor], parts)
 
 
 def build_optimizers(model: Pretrainer) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -203,7 +204,8 @@ def main() -> None:
     whiten_embedding(model.backbone.patch_embed.proj, samples[0].video)
     optimizers = build_optimizers(model)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    start, sums = time.perf_counter(), {}
+    start = time.perf_counter()
+    sums: dict[str, float] = {}
     for step in range(1, arguments.steps + 1):
         second = 2 * step > arguments.steps
         phase, spread = PHASES[second], spreads[second]
@@ -214,7 +216,7 @@ def main() -> None:
             strips, labels = render_strips(numbers, phase.num_frames, size, "train")
             video = torch.cat([video, strips])
         parts = losses_of(model(video), targets_of(clips), labels, spread)
-        sum(parts.values()).backward()
+        cast(Tensor, sum(parts.values())).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in optimizers:
             for group in optimizer.param_groups:

@@ -70,7 +70,7 @@ class VSGNHead(nn.Module):
         self.regression = Tower(width, len(scales) * 2, num_layers=5)
         self.adjust_start, self.adjust_end = Adjustment(width), Adjustment(width)
         self.boundaries = Tower(width, 3 * 2, num_layers=2)  # three curves for both times of a position
-        nn.init.constant_(self.classification.last.bias, -math.log(99))  # every class starts at probability 0.01
+        self.classification.start_at(-math.log(99))  # every class starts at probability 0.01
 
     def forward(self, features: Tensor, mask: Tensor) -> dict[str, Tensor]:
         times, levels, masks = mask, [], []

@@ -152,13 +152,13 @@ def find_videos(data: Data, subset: Subset) -> tuple[Path, list[Entry], list[str
             name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
             add(source, name, files.get(f"{name}.mp4"), row["label"])
     elif data.kind == "folder":
-        for path in sorted(source.glob("*/*")):
-            if not (_is_hidden(path.name) or _is_hidden(path.parent.name)):
-                add(source, f"{path.parent.name}/{path.name}", str(path), path.parent.name)
+        for video in sorted(source.glob("*/*")):
+            if not (_is_hidden(video.name) or _is_hidden(video.parent.name)):
+                add(source, f"{video.parent.name}/{video.name}", str(video), video.parent.name)
     else:
         for row in _load_csv(source, data.kind):
-            path = root / row["path"]
-            add(source, row["path"], str(path) if path.is_file() else None, row["label"])
+            video = root / row["path"]
+            add(source, row["path"], str(video) if video.is_file() else None, row["label"])
     return source, entries, missing
 
 

@@ -105,7 +105,7 @@ def annotate(frames: np.ndarray, top: list[tuple[str, float]], *, min_width: int
     result = np.empty((len(frames), height + caption.height, width, 3), np.uint8)
     result[:, height:] = np.asarray(caption)
     for index, frame in enumerate(frames):
-        result[index, :height] = resized(frame, width, height)
+        result[index, :height] = np.asarray(resized(frame, width, height))
     return result
 
 

@@ -69,12 +69,14 @@ def check(arguments: Arguments) -> Check:
     Full lists of what is missing or damaged go to missing_<split>.txt and damaged_<split>.txt in the root.
     """
     root = place(arguments)
+    assert arguments.kind is not None, "preparation checks a layout that was named"
     data = Data(kind=arguments.kind, root=root)
     try:
         _, names = read_class_names(data)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {remedy(arguments)}") from error
-    counts, problems, empty = {"classes": len(names)}, [], []
+    counts, empty = {"classes": len(names)}, []
+    problems: list[str] = []
     data = replace(data, num_classes=len(names))
     for split in get_args(Subset):
         source, entries, missing = find_videos(data, split)

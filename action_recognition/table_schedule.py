@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 from action_recognition.configs import ROWS, SETTINGS
@@ -57,7 +58,18 @@ def stored_bits(finetuning: Finetuning) -> float | None:
         return None
     if finetuning.options.inversion == "float":
         return 0
-    return max(remainder_bits(rational(coefficients(finetuning, k / 100)[1])) for k in range(101))
+    return max(remainder_bits(_beta(finetuning, k / 100)) for k in range(101))
+
+
+def _beta(finetuning: Finetuning, progress: float) -> Fraction:
+    beta = coefficients(finetuning, progress)[1]
+    assert beta is not None, "of a method that inverts"
+    return rational(beta)
+
+
+def _mean(line: Line) -> float:
+    assert line.mean is not None, "of a trained row"
+    return line.mean
 
 
 def describe(finetuning: Finetuning) -> str:
@@ -126,22 +138,22 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
     lines = {line.row.removeprefix(f"{FAMILY}_").removeprefix("dr2net_"): (line, f) for line, f in found}
     for name in REFERENCES:
         if name in lines:
-            line, color = lines[name][0], REFERENCE_COLORS[name]
+            line, mean, color = lines[name][0], _mean(lines[name][0]), REFERENCE_COLORS[name]
             label = f"{name}, (0, 1)" if name == "reversible" else name
-            axes.axhline(line.mean, color=color, linewidth=1.2, label=f"{label}  {line.mean:.1f}")
+            axes.axhline(mean, color=color, linewidth=1.2, label=f"{label}  {mean:.1f}")
             if line.std:
-                axes.axhspan(line.mean - line.std, line.mean + line.std, color=color, alpha=0.1, linewidth=0)
+                axes.axhspan(mean - line.std, mean + line.std, color=color, alpha=0.1, linewidth=0)
 
     names = [name for name in ("dr2net", *SETTINGS, "float") if name in lines]
     constant = [name for name in names if is_constant(lines[name][1])]
     names = [*constant, *(name for name in names if name not in constant)]
-    places = places_of([(name, stored_bits(lines[name][1])) for name in names])
+    places = places_of([(name, stored_bits(lines[name][1]) or 0) for name in names])  # all of them invert
     for label, setting, color, marker, filled in GROUPS:
         names = sorted(constant, key=lambda name: places[name]) if setting is None else [setting]
         names = [name for name in names if name in places]
         if not names:
             continue
-        means = [lines[name][0].mean for name in names]
+        means = [_mean(lines[name][0]) for name in names]
         axes.errorbar(
             [places[name] for name in names],
             means,
@@ -160,7 +172,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
             for index, (name, mean) in enumerate(zip(names, means, strict=True)):
                 side = 1 if index % 2 == 0 else -1  # above to the right, below to the left: neighbors would overlap
                 axes.annotate(
-                    "/".join(name.split("_")[1:]) or str(rational(coefficients(lines[name][1], 0.0)[1])),
+                    "/".join(name.split("_")[1:]) or str(_beta(lines[name][1], 0.0)),
                     (places[name], mean + side * (lines[name][0].std or 0)),
                     (-6 * side, 9 * side),
                     textcoords="offset points",
@@ -182,7 +194,7 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
         "stored bits per element and branch, the most over the schedule\n"
         f"(float32 checkpointing of each block: {CHECKPOINTING_BITS:g})"
     )
-    axes.set_ylabel(found[0][0].metric)
+    axes.set_ylabel(found[0][0].metric or DASH)
     axes.margins(x=0.05, y=0.1)
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)

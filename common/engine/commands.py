@@ -192,7 +192,7 @@ def load_run(run: Path, config_type: type[C], model: ModelFile[C], *, root: Path
     network = model.build_model(config, pretrained=False)
     load_trained(network, config.finetuning, folder)
     if root is not None:
-        config = replace(config, data=replace(config.data, root=root))  # type: ignore[attr-defined]
+        config = replace(config, data=replace(config.data, root=root))  # type: ignore[attr-defined,call-arg]  # each task's Config has it
     return config, network
 
 

@@ -53,7 +53,7 @@ class Settings:
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()
         prefix = "--" if name == "config" or isinstance(self, Arguments) else f"--{name}."
-        for field, hint in _hints(type(self)).items():
+        for field, hint in _hints(type(self)).items():  # type: ignore[arg-type]  # mypy: __hash__ of its instances
             problem = _problem(getattr(self, field), hint)
             if problem:
                 raise ValueError(f"{prefix}{field.replace('_', '-')} {problem}")
@@ -101,7 +101,7 @@ def _problem(value: Any, hint: Any) -> str:
         return "" if _is_number(value) and math.isfinite(value) else f"must be a finite number, not {value!r}"
     if hint is int:
         return "" if _is_number(value) and isinstance(value, int) else f"must be a whole number, not {value!r}"
-    if hint is bool or hint is str or hint is Path or is_dataclass(hint) or hint is type(None):
+    if isinstance(hint, type) and (hint in (bool, str, Path, type(None)) or is_dataclass(hint)):
         return "" if isinstance(value, hint) else f"must be of type {hint.__name__}, not {value!r}"
     raise TypeError(f"settings cannot hold fields of type {hint}")
 
@@ -137,7 +137,7 @@ def from_json(kind: type[C], value: Any) -> C:
 
 
 def _from_json(kind: Any, value: Any, where: str) -> Any:
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, not {value!r}")
         hints, own = typing.get_type_hints(kind, include_extras=True), {field.name: field for field in fields(kind)}

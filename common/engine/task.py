@@ -17,7 +17,7 @@ Nothing here runs; common/tests/test_tasks.py holds every folder to it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -48,12 +48,12 @@ class Model(nn.Module):
     @property
     def num_layers(self) -> int:
         """Number of the last layer."""
-        return int(self.backbone.num_layers)
+        return int(cast(Any, self.backbone).num_layers)
 
     def layer_of(self, name: str) -> int:
         """Layer of a parameter by its name in `named_parameters()`."""
         if name.startswith("backbone."):
-            return self.backbone.layer_of(name.removeprefix("backbone."))
+            return cast(Any, self.backbone).layer_of(name.removeprefix("backbone."))
         return self.num_layers
 
 

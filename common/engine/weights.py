@@ -14,6 +14,7 @@ checkpoints of runs (`training/checkpoint.py`), key maps of a backbone (`backbon
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +72,7 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give an existing file with --model.weights FILE")
+    state: Any
     if path.suffix == ".safetensors":
         state = read_tensors(path)
     else:

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +102,7 @@ def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
     return state
 
 
-def _position_embedding(graph, initializers, read) -> Tensor:
+def _position_embedding(graph: Any, initializers: dict[str, Any], read: Callable[[str], Tensor]) -> Tensor:
     """(1, 1 + grid * grid, D): the class token's part enters a Concat, the patches' part a Reshape."""
     unnamed = {
         node.op_type: name

@@ -15,6 +15,7 @@ which its authors pretrained on Kinetics again. Not here: the 16x8 variants.
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class SlowFast(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.width = width
-        counts = [max((len(m) for m in stage.modules() if _holds_blocks(m)), default=0) for stage in blocks]
+        counts = [_num_blocks(stage) for stage in blocks]
         self._first_layer = [0, *(1 + sum(counts[:stage]) for stage in range(1, len(blocks)))]
         self.num_layers = 1 + sum(counts)
         self.train(self.training)
@@ -75,6 +76,10 @@ class SlowFast(nn.Module):
         if "res_blocks" in parts:
             return self._first_layer[stage] + int(parts[parts.index("res_blocks") + 1])
         return self._first_layer[stage + 1] - 1 if stage else 0
+
+
+def _num_blocks(stage: nn.Module) -> int:
+    return max((len(cast(nn.ModuleList, m)) for m in stage.modules() if _holds_blocks(m)), default=0)
 
 
 def _holds_blocks(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ minutes (action_detection/pretrain.py). Not here: the Swin-L of the paper, of wh
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ def _first_layers(features: nn.Sequential) -> list[int]:
     """Layer of the first block of each stage (or, for merging, of the stage after it); last, the number of layers."""
     layers = [1]
     for part, module in enumerate(features):
-        layers.append(layers[-1] + (len(module) if part % 2 == 0 else 0))
+        layers.append(layers[-1] + (len(cast(nn.Sequential, module)) if part % 2 == 0 else 0))
     return layers
 
 

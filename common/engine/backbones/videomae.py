@@ -10,6 +10,7 @@ pooling replaces it by the head's own norm).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class VideoMAE(nn.Module):
         for index, block in enumerate(self.blocks):  # the recipe's stochastic depth, in the place of an unused dropout
             rate = drop_path * index / max(len(self.blocks) - 1, 1)
             if rate > 0:
-                block.attention.output.dropout = DropPath(rate)
-                block.output.dropout = DropPath(rate)
+                attention, mlp = block.get_submodule("attention.output"), block.get_submodule("output")
+                attention.dropout = mlp.dropout = DropPath(rate)
 
     def forward(self, video: Tensor) -> Tensor:
         expected = (3, self.num_frames, *self.image_size)
@@ -85,7 +86,7 @@ def build_videomae(
     if weights != "hub" and not Path(weights).is_dir():  # transformers would ask the hub for a repository of that name
         raise ValueError(f"no folder {weights!r}: give --model.weights FOLDER in transformers' form, or hub")
     try:
-        model, info = VideoMAEModel.from_pretrained(
+        loaded: Any = VideoMAEModel.from_pretrained(
             source,
             num_frames=num_frames,
             image_size=image_size,
@@ -99,6 +100,7 @@ def build_videomae(
             f"no VideoMAE weights from {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). Is there a "
             "network? Otherwise fetch the checkpoint's folder elsewhere and give --model.weights FOLDER"
         ) from error
+    model, info = loaded
     unused = [key for key in info["unexpected_keys"] if not key.removeprefix("videomae.").startswith(IGNORED)]
     problems = [*info["missing_keys"], *unused, *info["mismatched_keys"]]
     if problems:
@@ -115,7 +117,8 @@ def _config(name: str, num_frames: int, image_size: int, depth: int | None) -> V
     if size is None:
         raise ValueError(f"cannot tell the size of {name!r}: its name should contain one of {', '.join(SIZES)}")
     width, full_depth, heads = SIZES[size]
-    return VideoMAEConfig(
+    build: Any = VideoMAEConfig  # its signature lacks what all configurations of transformers take
+    return build(
         image_size=image_size,
         num_frames=num_frames,
         hidden_size=width,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -197,7 +197,7 @@ def _size_to_write(frame: np.ndarray) -> tuple[int, ...]:
     return frame.shape
 
 
-def _import(name: str):
+def _import(name: str) -> Any:
     """av or decord; a missing one is an error that names the extra."""
     import importlib
 
@@ -266,7 +266,8 @@ def _walk_stream(
     codec = context.codec.canonical_name
     # mp4 lists its frames, less those that an edit list leaves out; in other containers the list is of key frames.
     listed = len(stream.index_entries) if "mp4" in container.format.name else 0
-    times, durations, sizes, hidden, latest_key = [], [], set(), 0, None
+    times: list[int] = []
+    durations, sizes, hidden, latest_key = [], set(), 0, None
     # Fragments give times of their own, which may contradict the order in which the frames come out of the decoder.
     timed, closed = "avi" not in container.format.name and not structure.fragmented, True
     with _blamed_on(path, "is cut short or damaged"):
@@ -297,6 +298,8 @@ def _walk_stream(
         raise BrokenVideo(path, f"is cut short: {len(times) + hidden} of {listed} frames are in the file")
     if not context.width or not context.height:
         raise BrokenVideo(path, "declares no frame size")
+    if stream.time_base is None:
+        raise BrokenVideo(path, "declares no unit of time")
     order = np.argsort(np.asarray(times), kind="stable")
     pts = [times[i] for i in order]
     base = float(stream.time_base)
@@ -367,7 +370,7 @@ def _read_av(path: Path | str, wanted: np.ndarray, order: _Order, size: tuple[in
                 if not from_start:
                     container.seek(order.pts[min(needed)], stream=stream, backward=True)
                 for count, frame in enumerate(container.decode(stream)):
-                    index = index_of.get(frame.pts) if order.timed else count
+                    index = index_of.get(frame.pts, -1) if order.timed and frame.pts is not None else count
                     if index in needed:
                         if frame.is_corrupt:
                             raise BrokenVideo(path, f"frame {index} is damaged")

@@ -8,17 +8,26 @@ Not a scheduler: no retries, results in the order of the jobs, the first excepti
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from engine.data.video import BrokenVideo, probe, read_frames
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Item = TypeVar("Item", covariant=True)
+
+
+class Counted(Protocol[Item]):
+    """What has a length and can be iterated over: lists, loaders."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
 
 
 def run_jobs(
@@ -58,7 +67,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def tracked(title: str, items: Collection[Job]) -> Iterator[Job]:
+def tracked(title: str, items: Counted[Job]) -> Iterator[Job]:
     """The items, with a bar in the terminal while they pass."""
     with progress_bar(title, len(items)) as advance:
         for item in items:

@@ -80,7 +80,7 @@ def summarise(runs: list[Record]) -> Line:
         },
         peak=heaviest["peak"] if heaviest else None,
         activations=heaviest["activations"] if heaviest else None,
-        predicted=bool(heaviest) and heaviest["source"] == "predicted",
+        predicted=heaviest is not None and heaviest["source"] == "predicted",
         step_seconds=statistics.median(steps) if steps else None,
         gradient_error=max(errors) if errors else None,
     )
@@ -211,6 +211,7 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     shown = trained(lines)
     for line in shown:
         title, color, marker = STYLES[line.method]
+        assert line.peak is not None and line.mean is not None, "of a trained row"
         axes.errorbar(
             line.peak / MIB,
             line.mean,

@@ -104,6 +104,7 @@ def whiten_embedding(embedding: nn.Conv3d, video: Tensor) -> None:
         for frames in torch.tensor([[1.0, 1], [1, -1]])
     ]
     weight.copy_(F.normalize(torch.stack(filters[: len(weight)]).flatten(1)).view_as(weight))
+    assert embedding.bias is not None
     embedding.bias.zero_()
     embedded = embedding(video)
     gain = 0.7 / embedded.std((0, 2, 3, 4))

@@ -12,10 +12,10 @@ the loop (`fit.py`).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dr2net
 from engine.config import SCHEDULES, Finetuning, Precision
@@ -92,7 +92,7 @@ def check_gradient(
     Above `finetuning.options.tolerance` it warns, or raises FloatingPointError if `stop_above_tolerance`.
     """
     set_mode(model, finetuning)
-    found = dr2net.gradient_error(model, batch, lambda m, b: sum(m.losses(m(b), b).values()))
+    found = dr2net.gradient_error(model, batch, _loss)
     error, grid = found.overall, "" if found.grid is None else f", cost of the grid {found.grid:.1e}"
     where = f"epoch {epoch}, alpha {state.alpha:g}, beta {state.beta:g}"
     tolerance = finetuning.options.tolerance
@@ -107,6 +107,11 @@ def check_gradient(
             raise FloatingPointError(text)
         log.note(f"warning: {text}")
     return {"epoch": epoch, "alpha": state.alpha, "beta": state.beta, "error": error}
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    losses = cast(Model, model).losses(model(batch), batch)
+    return cast(Tensor, sum(losses.values()))
 
 
 def load_trained(model: Model, finetuning: Finetuning, folder: Path) -> dict[str, Any]:

@@ -15,18 +15,18 @@ Not here: what is learned (model), where batches come from (data), the step itse
 import statistics
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 
 from dr2net.memory import process_peak
-from engine.config import Config
+from engine.config import Config, Split
 from engine.data.loader import Loaders, build_loader, key_batches, steps_of, to_device
 from engine.records.origin import origin_of
 from engine.records.provenance import command_line, device_name
 from engine.records.record import Record, build_record, finished_record, run_folder, write_record
-from engine.task import Batch, DataFile, EvaluateFile, Model
+from engine.task import Batch, DataFile, EvaluateFile, KeyedDataset, Model
 from engine.training import checkpoint
 from engine.training.devices import build_accelerator, mean_over_devices, set_seed
 from engine.training.ema import EMA
@@ -46,8 +46,8 @@ NUM_CHECKED_SAMPLES = 2  # the gradient error is measured on so many samples
 def build_loaders(config: Any, data: DataFile[Any]) -> Loaders:
     """The training and validation samples of a task's data.py. Errors as `build_dataset`."""
     run = config.run
-    shared = {"seed": run.seed, "num_workers": run.num_workers, "collate": data.collate}
-    sizes = {"train": run.micro_batch, "val": run.evaluation_batch or run.micro_batch}
+    shared: dict[str, Any] = {"seed": run.seed, "num_workers": run.num_workers, "collate": data.collate}
+    sizes: dict[Split, int] = {"train": run.micro_batch, "val": run.evaluation_batch or run.micro_batch}
     train, val = (
         build_loader(data.build_dataset(config, split), batch_size=size, train=split == "train", **shared)
         for split, size in sizes.items()
@@ -86,7 +86,8 @@ def _fit(
     last_step = min(total_steps, run.max_steps or total_steps)
 
     # Is there a run already, and may this one go on from it?
-    origin = origin_of(config, {"train": loaders.train.dataset, "val": loaders.val.dataset}, total_steps)
+    datasets = {name: cast(KeyedDataset, getattr(loaders, name).dataset) for name in ("train", "val")}
+    origin = origin_of(config, datasets, total_steps)
     saved = folder / "checkpoint"
     resumes = run.resume and checkpoint.exists(saved)
     if run.resume and (finished := finished_record(config, origin.inputs)) is not None:
@@ -108,8 +109,8 @@ def _fit(
     optimizer = build_optimizer(model, recipe)
     ema = EMA(model, recipe.ema_decay) if recipe.ema_decay else None
     parallel, prepared = accelerator.prepare(model, optimizer)
-    checked = inverts(finetuning) and finetuning.check_every_epochs is not None
-    check_batch = to_device(first_samples(loaders), device) if checked else {}
+    check_every = finetuning.check_every_epochs if inverts(finetuning) else None
+    check_batch = to_device(first_samples(loaders), device) if check_every else {}
 
     # Where the run stands.
     state = resume(saved, model, optimizer, ema, accelerator) if resumes else State()
@@ -141,7 +142,7 @@ def _fit(
         ):
             epoch, in_epoch = divmod(number, steps_per_epoch)
             # Before an epoch, on fixed samples and with the draws of the step to come: is the gradient right?
-            if checked and in_epoch == 0 and epoch % finetuning.check_every_epochs == 0:
+            if check_every and in_epoch == 0 and epoch % check_every == 0:
                 set_seed(run.seed, 1 + number, rank)
                 state.alpha, state.beta = set_coefficients(model, finetuning, number / total_steps)
                 state.gradient_checks.append(check_gradient(model, check_batch, finetuning, epoch, state, log))

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from dr2net import memory
 from engine.config import Config
@@ -32,7 +35,7 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
         with autocast(config.optimization.precision, "cpu"):
             outputs = model(batch)
         with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
-            sum(model.losses(outputs, batch).values()).backward()
+            cast(Tensor, sum(model.losses(outputs, batch).values())).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -92,8 +92,9 @@ def full_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, state = get_state_dict(model, optimizer, options=options)
-    slots = {f"{name}/{slot}": value for name, own in state.get("state", {}).items() for slot, value in own.items()}
-    return {"model": dict(weights), "optimizer": slots}
+    moments: dict[str, Any] = dict(cast(Any, state).get("state", {}))
+    slots = {f"{name}/{slot}": value for name, own in moments.items() for slot, value in own.items()}
+    return {"model": cast(dict[str, Tensor], dict(weights)), "optimizer": slots}
 
 
 def may_resume(folder: Path, config: Config, origin: Origin, last_step: int) -> str:

@@ -23,7 +23,7 @@ class Points:
     def __init__(self, num_samples: int, num_classes: int, bad: int | None = None, labels: Path | None = None) -> None:
         self.num_samples, self.num_classes, self.bad = num_samples, num_classes, bad
         self.labels_file = labels if labels is not None and labels.exists() else None
-        self.labels = json.loads(labels.read_text()) if self.labels_file else None
+        self.labels = json.loads(self.labels_file.read_text()) if self.labels_file else None
 
     def files(self) -> Files:
         """The labels, where there is a file of them."""
