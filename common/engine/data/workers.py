@@ -7,7 +7,6 @@ Not a scheduler: no retries, results in the order of the jobs, the first excepti
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.data.video import BrokenVideo, probe, read_frames
+from engine.files import write_text
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -77,9 +77,7 @@ def tracked(title: str, items: Counted[Job]) -> Iterator[Job]:
 
 def write_json(path: Path, value: Any) -> None:
     """The file appears, or is replaced, only when it is complete."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def damaged_videos(paths: Sequence[str], *, workers: int, title: str) -> list[str]:
@@ -96,7 +94,7 @@ def name_some(problems: list[str], names: Sequence[str], file: Path | None, what
         return
     where = ""
     if file is not None:
-        file.write_text("\n".join(names) + "\n")
+        write_text(file, "\n".join(names) + "\n")
         where = f" (full list: {file})"
     first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     problems.append(f"{len(names)} {what}{where}: {first}")
