@@ -1,5 +1,6 @@
 """Small videos whose frames carry their index as pixels, so that a wrong frame is seen."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,3 +38,10 @@ def write(path: Path, codec: str, options: dict[str, str], times: list[int] | No
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def open_or_die(path: str) -> None:
+    """For a worker process: PyAV's own error, which cannot be unpickled; or the end of the process."""
+    if path == "die":
+        os._exit(1)
+    av.open(path).close()

@@ -217,10 +217,12 @@ def _key(path: Path | str) -> tuple[str, int, int]:
 
 @contextmanager
 def _blamed_on(path: Path | str, problem: str, remedy: str = "download or convert the file again") -> Iterator[None]:
-    """Whatever a file's content causes inside, also in PyAV itself, is a BrokenVideo. A full memory is not."""
+    """Whatever a file's content causes inside, also in PyAV itself, is a BrokenVideo. Whether the
+    file may be read has been seen by then (`look`): FFmpeg says "not permitted" of damage too.
+    """
     try:
         yield
-    except (BrokenVideo, ImportError, PermissionError):
+    except (BrokenVideo, ImportError):
         raise
     except Exception as error:
         raise BrokenVideo(path, f"{problem} ({type(error).__name__}: {error})", remedy) from error

@@ -9,11 +9,14 @@ Not a scheduler: no retries, results in the order of the jobs, the first excepti
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from engine.command_line import USER_ERRORS, one_line
 from engine.data.video import BrokenVideo, probe, read_frames
 from engine.files import write_text
 
@@ -51,8 +54,22 @@ def run_jobs(
         collect(map(function, jobs))
     else:  # spawned: forking after torch has started threads can deadlock
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            collect(pool.map(function, jobs, chunksize=chunk))
+            try:
+                collect(pool.map(partial(_told, function), jobs, chunksize=chunk))
+            except BrokenProcessPool as error:
+                done = f"after {len(results)} of {len(jobs)} jobs"
+                raise OSError(f"a worker process died {done}; was it killed for memory? use fewer workers") from error
     return results
+
+
+def _told(function: Callable[[Job], Result], job: Job) -> Result:
+    """function(job) in a worker; a user's error of a kind that may not cross to the main process goes as its text."""
+    try:
+        return function(job)
+    except USER_ERRORS as error:
+        if type(error).__module__ == "builtins" or isinstance(error, BrokenVideo):
+            raise
+        raise ValueError(one_line(error)) from None
 
 
 @contextmanager

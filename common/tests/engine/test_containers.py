@@ -8,9 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from toy_video import NUM_FRAMES, numbered_frames, numbers, write
+from toy_video import NUM_FRAMES, numbered_frames, numbers, open_or_die, write
 
+from engine.data import video
 from engine.data.video import BrokenVideo, probe, read_frames, read_usable
+from engine.data.workers import run_jobs
 
 MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0), "mirror": (-1, 0, 0, 1)}
 
@@ -195,3 +197,23 @@ def test_every_frame_of_a_fragmented_mp4_with_b_frames_is_right_alone_and_togeth
     path.write_bytes(content[: content.rindex(b"mdat") + 20])
     with pytest.raises(BrokenVideo, match="cut short"):
         probe(path)
+
+
+def test_errors_of_other_libraries_and_deaths_cross_from_workers_as_one_line(tmp_path):
+    (tmp_path / "a.mp4").write_text("no video" * 9)
+    with pytest.raises(ValueError, match=r"a\.mp4") as caught:
+        run_jobs(open_or_die, [str(tmp_path / "a.mp4")], workers=2)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    with pytest.raises(OSError, match="a worker process died after 0 of 1 jobs"):
+        run_jobs(open_or_die, ["die"], workers=2)
+
+
+def test_what_ffmpeg_calls_not_permitted_is_a_broken_video(tmp_path, monkeypatch):
+    path = turned(write(tmp_path / "a.mp4", "libx264", {}), 180)
+
+    def refuse(*arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(video, "show", refuse)
+    with pytest.raises(BrokenVideo, match=r"a.mp4: cannot be decoded \(PermissionError"):
+        read_frames(path, [0])
