@@ -50,4 +50,5 @@ def test_there_is_one_way_to_open_a_json_file():
     opened = re.compile(r"json\.loads?\([^\n]*(read_|open\()")
     files = [path for top in ("common/engine", "scripts", "action_*") for path in root.glob(f"{top}/**/*.py")]
     found = [path.name for path in files if "tests" not in path.parts and opened.search(path.read_text())]
-    assert len(files) > 50 and found == []
+    # The campaign compares that reader with a plain parser.
+    assert len(files) > 50 and found == ["mutate_files.py"]
