@@ -52,7 +52,7 @@ def _timm() -> None:
     from timm.models.vision_transformer import Block, ResPostBlock
 
     @branches_of.register
-    def _(block: Block):
+    def _(block: Block) -> tuple[Branch, ...]:
         b = block
         return _attention_mlp(
             lambda x, *args, **named: b.ls1(b.attn(b.norm1(x), *args, **named)),
@@ -63,7 +63,7 @@ def _timm() -> None:
         )
 
     @branches_of.register
-    def _(block: ResPostBlock):
+    def _(block: ResPostBlock) -> tuple[Branch, ...]:
         b = block
         return _attention_mlp(
             lambda x, *args, **named: b.norm1(b.attn(x, *args, **named)),
@@ -74,7 +74,7 @@ def _timm() -> None:
         )
 
     @branches_of.register
-    def _(block: SwinTransformerBlock):
+    def _(block: SwinTransformerBlock) -> tuple[Branch, ...]:
         b = block
         return _attention_mlp(
             lambda x: b._attn(b.norm1(x)),
@@ -101,7 +101,7 @@ def _torchvision() -> None:
     from dr2net.window_attention import Windows
 
     @branches_of.register
-    def _(block: SwinTransformerBlock):
+    def _(block: SwinTransformerBlock) -> tuple[Branch, ...]:
         b = block
         known = type(b.attn) in (ShiftedWindowAttention, ShiftedWindowAttention3d)
         known = known and not forward_was_replaced(type(b.attn))
@@ -115,7 +115,7 @@ def _torchvision() -> None:
         )
 
     @branches_of.register
-    def _(block: SwinTransformerBlockV2):
+    def _(block: SwinTransformerBlockV2) -> tuple[Branch, ...]:
         b = block
         return _attention_mlp(
             lambda x: b.norm1(b.attn(x)),
@@ -135,7 +135,7 @@ def _transformers() -> None:
     from transformers.models.vit.modeling_vit import ViTLayer
 
     @branches_of.register
-    def _(block: VideoMAELayer):
+    def _(block: VideoMAELayer) -> tuple[Branch, ...]:
         b = block
 
         def mlp(x: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -152,7 +152,7 @@ def _transformers() -> None:
         )
 
     @branches_of.register
-    def _(block: ViTLayer):
+    def _(block: ViTLayer) -> tuple[Branch, ...]:
         b = block
         return _attention_mlp(
             lambda x, mask=None, **named: b.dropout(b.attention(b.layernorm_before(x), mask, **named)[0]),

@@ -49,7 +49,7 @@ class Branch:
 
     name: str
     function: Callable[..., Tensor]
-    modules: tuple[nn.Module | nn.Parameter, ...]
+    modules: tuple[Any, ...]
     residual: bool = True
     drop_path: nn.Module | None = None
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
@@ -145,6 +145,11 @@ def refuse_uncovered(block: nn.Module, name: str, branches: Sequence[Branch]) ->
             "name them in Branch(modules=...), a parameter of the block itself as it is: modules=(block.norm, "
             "block.gamma)"
         )
+
+
+def blocks_of(container: nn.Module) -> dict[str, nn.Module]:
+    """What stands in a container, by name; a block that stands there twice is there twice."""
+    return {name: block for name, block in container._modules.items() if block is not None}
 
 
 def is_adapted(block: nn.Module) -> bool:

@@ -170,11 +170,11 @@ def differentiate(
             chunks.groups.put(grad_x, of_chunk, where)
             del of_chunk
         for k in reversed(range(len(inputs))):
-            value = found.pop()
-            if value is not None:
-                value = value.to(_sum_dtype(inputs[k]))
-                sums[k] = value if sums[k] is None else sums[k] + value  # `value` may be shared: not in place
-            del value  # the next chunk is to find the sums only
+            part, before = found.pop(), sums[k]
+            if part is not None:
+                part = part.to(_sum_dtype(inputs[k]))
+                sums[k] = part if before is None else before + part  # `part` may be shared: not in place
+            del part, before  # the next chunk is to find the sums only
     of_shared = [sums.pop(0) if leaf.requires_grad else None for leaf in leaves]
     pairs = [(s, g.to(s.dtype)) for s, g in zip(shared, of_shared, strict=True) if g is not None]
     if pairs:

@@ -111,7 +111,8 @@ def _plan(options: argparse.Namespace) -> None:
     setting = Setting(options.precision, options.optimizer, (0, 1), how)
     phases = planner.phases(_schedule(options), setting)
     model = find_model(options.model)().train()
-    rows, moving, curves, omitted, calibrated = [], [], {}, {}, []
+    rows, moving, curves, calibrated = [], [], {}, []
+    omitted: dict[str, list[str]] = {}
     for method in planner.METHODS:
         if method.endswith(", chunks") and not options.chunk_mib:
             continue
@@ -129,7 +130,7 @@ def _plan(options: argparse.Namespace) -> None:
         memory, predict_at = memories[worst], predictors[worst]
         if len(memories) > 1:
             moving.append((method, memories))
-        most = largest(lambda n, predict_at=predict_at: predict_at(_grow(shape, grown, n)).peak, budget)
+        most = largest(functools.partial(_peak_of, predict_at, shape, grown), budget)
         curves[method] = predict_at, most
         sizes = (memory.peak, memory.parameters, memory.gradients, memory.optimizer, memory.stored, memory.temporaries)
         rows.append((method, *map(format_bytes, sizes), "yes" if memory.peak <= budget else "no", str(most * grown[1])))
@@ -169,6 +170,7 @@ def _calibrated(model: nn.Module, method: str, setting: Setting, shape: Shape, n
         return method, "-", "out of memory", "-"
     except RuntimeError as error:
         raise ValueError(f"{name} does not train on this GPU: {str(error).splitlines()[0]}") from error
+    assert measured.device is not None, "it was measured on a GPU"
     sizes = predicted.peak, measured.device
     return method, *map(format_bytes, sizes), f"{measured.device / predicted.peak:.3f}"
 
@@ -184,7 +186,7 @@ def _plot(
     dimensions, multiple = grown
     most = max(4, *(most for _, most in curves.values())) * 5 // 4
     counts = sorted({max(1, round(most * part / 8)) for part in (0.25, 0.5, 1, 2, 3, 4, 6, 8)})
-    panels = [
+    panels: list[tuple[str, dict[str, planner.Curve]]] = [
         (
             _axis(dimensions),
             {
@@ -204,7 +206,7 @@ def _plot(
             for method, curve in depths.items():
                 curve.append((depth, _explained(planner.predictor(deep, method, setting), options.model)(shape).peak))
         _say("")
-        panels.append((f"blocks, input {options.input}", depths))
+        panels.append((f"blocks, input {options.input}", dict(depths)))
     try:
         planner.draw(FilePath(options.plot), panels, f"{options.model}, {options.precision}, {options.optimizer}")
     except (OSError, ImportError) as error:
@@ -214,6 +216,10 @@ def _plot(
 
 def _axis(dimensions: tuple[int, ...]) -> str:
     return "batch" if dimensions == (0,) else f"size of dimension {' and '.join(map(str, dimensions))}"
+
+
+def _peak_of(predict_at: Callable[[Shape], Memory], shape: Shape, grown: tuple[tuple[int, ...], int], n: int) -> int:
+    return predict_at(_grow(shape, grown, n)).peak
 
 
 def _grow(shape: Shape, grown: tuple[tuple[int, ...], int], n: int) -> Shape:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from dr2net.branches import Branch, find_branches, refuse_uncovered
+from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
 from dr2net.patches import refuse_checkpointing, refuse_patched
@@ -66,11 +66,13 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     backward hooks on it, the model's own gradient checkpointing. The model is then as it was.
     """
     options = replace(options or Options(), **changes)
-    sequences, ordinary, inside = [], [], set()
+    sequences: list[tuple[str, int, int]] = []
+    ordinary: list[tuple[str, str]] = []
+    inside: set[nn.Parameter] = set()
     found, elsewhere = _containers(model)
     for name, container in found.items():
         blocks = num_branches = 0
-        for child, block in container._modules.items():
+        for child, block in blocks_of(container).items():
             branches, reason = find_branches(block)
             if branches:
                 blocks, num_branches = blocks + 1, num_branches + len(branches)
@@ -128,9 +130,9 @@ def checkpoint_blocks(model: nn.Module) -> int:
     `convert` does.
     """
     found, _ = _containers(model)
-    blocks = {block: None for container in found.values() for block in container.children()}
-    blocks = {block: None for block in blocks if not any(block is container for container in found.values())}
-    blocks = [block for block in blocks if find_branches(block)[0] or _can_run_again(block)]
+    children = {block: None for container in found.values() for block in container.children()}
+    children = {block: None for block in children if not any(block is container for container in found.values())}
+    blocks = [block for block in children if find_branches(block)[0] or _can_run_again(block)]
     for block in blocks:
         _checkpoint(block)
     return len(blocks)
@@ -155,7 +157,10 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
 
     Changes nothing. ValueError if there is no such container.
     """
-    found, refused, elsewhere, inside = {}, [], {}, set()
+    found: dict[str, nn.Module] = {}
+    refused: list[str] = []
+    elsewhere: dict[str, str] = {}
+    inside: set[nn.Module] = set()
     for module_name, module in model.named_modules():
         name = module_name or type(model).__name__
         if (
@@ -239,8 +244,9 @@ def _check(containers: dict[str, nn.Module]) -> None:
     home: dict[nn.Module, str] = {}
     for container_name, container in containers.items():
         refuse_taken_names(container, container_name or type(container).__name__)
-        starts, before = set(), ()
-        for child, block in container._modules.items():
+        starts: set[nn.Module] = set()
+        before: tuple[Branch, ...] = ()
+        for child, block in blocks_of(container).items():
             branches, _ = find_branches(block)
             name = _join(container_name, child)
             if branches:

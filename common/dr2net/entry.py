@@ -9,7 +9,7 @@ stays the module it was, with its class, attributes and hooks. Not here: what a 
 
 import inspect
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Entry:
     @property
     def __signature__(self) -> inspect.Signature:
         """For who looks up which arguments the block takes."""
-        signature = inspect.signature(type(self.block()).forward)
+        signature = inspect.signature(cast(Any, type(self.block())).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":

@@ -94,9 +94,10 @@ def _errors(
     ours: Sequence[Tensor | None], reference: Sequence[Tensor | None], groups: Sequence[str]
 ) -> tuple[float, dict[str, float]]:
     """Relative distance of two gradients, over all and per group; `groups` has the group of each parameter."""
-    differences, norms = defaultdict(float), defaultdict(float)
-    for group, a, b in zip(groups, ours, reference, strict=True):
-        a, b = (0.0 if g is None else g.detach().double() for g in (a, b))
+    differences: defaultdict[str, float] = defaultdict(float)
+    norms: defaultdict[str, float] = defaultdict(float)
+    for group, *pair in zip(groups, ours, reference, strict=True):
+        a, b = (0.0 if g is None else g.detach().double() for g in pair)
         differences[group] += float(torch.as_tensor(a - b).square().sum())
         norms[group] += float(torch.as_tensor(b).square().sum())
     found = {group: _relative(differences[group], norms[group]) for group in norms}

@@ -60,7 +60,9 @@ def rows_of(branches: Sequence[Branch], x: Tensor, largest: int) -> Rows:
     if not tokens and any(isinstance(m, nn.modules.conv._ConvNd) and m.in_channels == x.shape[1] for m in modules):
         return Rows(dim=1, room=room)
     if tokens or norms:
-        return Rows(spread=0.0, faint=math.sqrt(min((m.eps or 0.0 for m in norms), default=0.0)), room=room)
+        return Rows(
+            spread=0.0, faint=math.sqrt(min((getattr(m, "eps", None) or 0.0 for m in norms), default=0.0)), room=room
+        )
     return Rows(room=room)
 
 

@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -103,7 +104,7 @@ class _LiveBytes(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # id of a live storage -> its allocation number
         self._references: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls on fake tensors
             return func(*args)
         in_backward = torch._C._current_graph_task_id() != -1
@@ -267,6 +268,7 @@ def _run(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str)
     tracker = _LiveBytes(device)
 
     def see_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None
         tracker.see(parameter.grad, "gradient", "gradients")
 
     with contextlib.ExitStack() as stack:
@@ -306,7 +308,7 @@ def _fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Non
         return fakes[id(value)]
 
     with contextlib.ExitStack() as stack:
-        holders = [h for m in model.modules() for h in (m._parameters, m._buffers, vars(m))]
+        holders: list[Any] = [h for m in model.modules() for h in (m._parameters, m._buffers, vars(m))]
         if optimizer is not None:
             stack.callback(optimizer.state.update, dict(optimizer.state))
             stack.callback(optimizer.state.clear)
@@ -322,7 +324,7 @@ def _fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Non
 
 
 def _line_outside_torch() -> str:
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if "/torch/" not in name and name != __file__ and not name.startswith("<"):

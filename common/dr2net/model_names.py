@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ def _transformers_model(name: str) -> functools.partial[nn.Module]:
     return functools.partial(transformers.AutoModel.from_config, config)
 
 
-def _import(package: str, why: str):
+def _import(package: str, why: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:

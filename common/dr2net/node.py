@@ -50,7 +50,7 @@ class Recomputed:
 
     x: Tensor
     side: list[Tensor]
-    f: Tensor | None  # let go of when it is differentiated
+    f: Any  # a Tensor; None once it is differentiated
 
 
 @dataclass
@@ -59,9 +59,9 @@ class Taken:
 
     streams: tuple[Tensor, ...]
     owned: bool  # the first stream is nobody else's
-    x: Tensor | None  # x_{i-1}
+    x: Any  # x_{i-1}, a Tensor; None once it is used
     side: list[Tensor]
-    check: Tensor | None
+    check: Any  # a Tensor or None
     words: Tensor | None  # exact: the remainders
 
 
@@ -231,7 +231,9 @@ class DualResidual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, node: Node, x, previous, n, n_previous, grid, *tensors):
+    def forward(
+        ctx: Any, node: Node, x: Tensor, previous: Tensor, n: Any, n_previous: Any, grid: Any, *tensors: Tensor
+    ) -> Any:
         side = list(tensors[: len(node.tensor_at)])
         own = side if node.own_side else []
         common, node.common_side = node.common_side, []
@@ -258,21 +260,21 @@ class DualResidual(torch.autograd.Function):
             ctx.node = node
         if not node.exact:
             check = coupling.sketch(f) if node.recording and node.coarse is not None else None
-            following = coupling.step(f, x, previous, node.alpha, node.beta)
+            following = coupling.step(f, x, previous, node.alpha, float(node.beta))
             if node.recording:
                 ctx.save_for_backward(check, None, *own, *((following, x, *common) if node.keeps else ()))
             return following
         q, size = exact.quantise(f, x, node.alpha, grid, out=f if node.chunks is not None else None)
         del f, x
         check = exact.checksum(q) if node.recording else None
-        following, words = exact.step(q, n_previous, node.beta, keep=node.recording and node.inverts)
+        following, words = exact.step(q, n_previous, exact.rational(node.beta), keep=node.recording and node.inverts)
         if node.recording:
             ctx.save_for_backward(check, words, *own, *((following, n, grid, *common) if node.keeps else ()))
         ctx.mark_non_differentiable(following, size)
         return exact.decode(following, exact.checked(grid, size, node.largest)), following, size
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a reversible sequence has no second derivative: its backward is not differentiable. "
@@ -295,7 +297,7 @@ class DualResidual(torch.autograd.Function):
         return None, grad_x, grad_previous, None, None, None, *rest
 
 
-def _take_streams(node: Node, saved: list[Tensor | None]) -> Taken:
+def _take_streams(node: Node, saved: list[Any]) -> Taken:
     """The streams at this node: its own, if it keeps them, else what the node behind it has handed on."""
     tape = node.tape
     check, words = saved.pop(0), saved.pop(0)
@@ -328,15 +330,15 @@ def _rebuild(node: Node, taken: Taken, f: Tensor, out: Tensor | None = None) -> 
         if not isinstance(q, FakeTensor):
             tape.checks.append((node.name, torch.eq(exact.checksum(q), taken.check).all()))
         if node.inverts:
-            tape.streams = (streams[1], exact.invert(q, streams[0], taken.words, node.beta), streams[2])
+            tape.streams = (streams[1], exact.invert(q, streams[0], taken.words, exact.rational(node.beta)), streams[2])
     else:
-        if taken.check is not None and not isinstance(f, FakeTensor):
+        if taken.check is not None and node.coarse is not None and not isinstance(f, FakeTensor):
             sketch = coupling.sketch(f)
             change, size = (sketch - taken.check).norm(), torch.maximum(sketch.norm(), taken.check.norm())
             tape.checks.append((node.name, change <= node.coarse * size))
         if node.inverts:
             out = streams[0] if taken.owned else out
-            tape.streams = (x, coupling.invert(f, x, streams[0], node.alpha, node.beta, out))
+            tape.streams = (x, coupling.invert(f, x, streams[0], node.alpha, float(node.beta), out))
     if node.inverts:
         tape.index, tape.owned = node.index - 1, not node.keeps  # a node that keeps hands on its saved x
     else:

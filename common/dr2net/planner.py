@@ -33,7 +33,7 @@ from dr2net.styles import STYLES
 METHODS = ("conventional", "checkpointed", "lora", "reversible", "dr2net", "reversible, chunks", "dr2net, chunks")
 INVERTS = ("reversible", "dr2net")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
 }
@@ -183,7 +183,7 @@ def _kept(alpha: float, beta: float, setting: Setting) -> str:
     if rational == 0:
         return "its input"
     if setting.options.inversion == "exact":
-        bits = exact.remainder_bits(rational)
+        bits = exact.remainder_bits(exact.rational(beta))
         return "nothing" if bits == 0 else f"{bits} bit{'s' * (bits > 1)}"
     spacing = None
     if setting.options.inversion == "anchored":

@@ -19,6 +19,7 @@ import inspect
 import math
 import sys
 import warnings
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
-from dr2net.branches import Branch, find_branches, refuse_uncovered
+from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.foreign import refuse_arguments, refuse_sharded
@@ -45,9 +46,17 @@ COARSE = 0.02  # relative change of F in a recomputation that is still taken for
 class Pass:
     """One forward pass through a run of reversible blocks: the two streams, carried from block to block."""
 
+    # The streams: tensors; None while only the caller holds x, after the run, and n and grid without exact inversion.
+    x: Any
+    previous: Any
+    n: Any
+    n_previous: Any
+    grid: Any
+    version: int | None  # of the tensor returned last
+
     def __init__(self, sequence: "ReversibleSequence", block: nn.Module) -> None:
         self.sequence = sequence
-        self.blocks = list(sequence._modules.items())
+        self.blocks = list(blocks_of(sequence).items())
         self.branches = [find_branches(other)[0] for _, other in self.blocks]
         self.expected = self._start_at(block)  # index of the block that comes next
         self.end = self.expected  # index after the last block of the run
@@ -143,10 +152,10 @@ class Pass:
         if self.beta == 0:
             self.every = 1
         elif sequence.inversion == "anchored":
-            spacing = anchor_spacing(sequence.alpha, self.beta, computed_in, sequence.tolerance)
+            spacing = anchor_spacing(sequence.alpha, float(self.beta), computed_in, sequence.tolerance)
             self.every = sequence.anchor_every or spacing or self.length
         elif sequence.inversion == "float" and torch.is_grad_enabled() and not sequence.store:
-            error = predicted_error(sequence.alpha, self.beta, self.length, computed_in)
+            error = predicted_error(sequence.alpha, float(self.beta), self.length, computed_in)
             self.coarse = max(5 * error, COARSE) if error < 2 * COARSE else None  # else the streams themselves are off
             if error > sequence.tolerance:
                 warnings.warn(
@@ -156,7 +165,7 @@ class Pass:
                     stacklevel=4,
                 )
         if self.exact:
-            self.largest = exact.limit(self.beta, self.length, self.x.dtype)
+            self.largest = exact.limit(exact.rational(self.beta), self.length, self.x.dtype)
             self.rows = rows_of(run, self.x, self.largest)
             grid = grid_of(self.x, self.rows)
             self.n, size = exact.encode(self.x, grid)
@@ -234,10 +243,10 @@ class Pass:
             x = x.view_as(x)  # with the view above: gradients are summed in the order in which nodes return theirs
             f = node.call(x, side)
         if not self.exact:
-            return coupling.step(f, x, previous, node.alpha, node.beta)
+            return coupling.step(f, x, previous, node.alpha, float(node.beta))
         smooth = coupling.step(f, x, previous, node.alpha, float(node.beta))
         q, size = exact.quantise(f.detach(), x.detach(), node.alpha, self.grid)
-        n, _ = exact.step(q, self.n_previous, node.beta, keep=False)
+        n, _ = exact.step(q, self.n_previous, exact.rational(node.beta), keep=False)
         value = exact.decode(n, exact.checked(self.grid, size, self.largest))
         return value + (smooth - smooth.detach()), n, size
 
@@ -272,7 +281,7 @@ class Pass:
 
 def _likely_cause() -> str:
     """For an error: the model's own checkpointing calls a block inside torch.utils.checkpoint."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return (

@@ -8,7 +8,7 @@ the arithmetic of a pass (`reversible.py`), and which containers are converted (
 import functools
 from collections import OrderedDict
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dr2net import exact
-from dr2net.branches import find_branches, is_adapted
+from dr2net.branches import blocks_of, find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
 from dr2net.entry import Entry, entry_of, parts_of
 from dr2net.options import Options
@@ -58,36 +58,37 @@ class ReversibleSequence(nn.Module):
         self.computed_in = torch.float32
         self.plain = False
         self.returns: dict[str, Returned | None] = {}
-        for block in self._modules.values():
+        for block in blocks_of(self).values():
             if find_branches(block)[0]:
                 block.forward = Entry(block, self, parts_of(block))
 
     def _become_plain(self) -> None:
-        for block in self._modules.values():
+        for block in blocks_of(self).values():
             if isinstance(block.__dict__.get("forward"), Entry):
                 del block.forward
             elif (entry := entry_of(block)) is not None:  # inside a wrapper that was put on later
                 entry.sequence = None
-        self.__class__ = self.container_type
+        cast(Any, self).__class__ = self.container_type
         for name in STATE:
             del self.__dict__[name]
 
     @torch.compiler.disable  # one graph break; what is compiled inside the branches stays compiled
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-        for block in self._modules.values():
+        for block in blocks_of(self).values():
             x = block(x, *args, **named)
         return x
 
     def __getitem__(self, index: Any) -> Any:
         """As before; a slice of blocks is a plain container of them, and each goes on with the pass it is called in."""
         if not isinstance(index, slice):
-            return super().__getitem__(index)
-        names = list(self._modules)[index]
-        if names == list(self._modules):
+            return cast(Any, super()).__getitem__(index)  # of the class the container had
+        blocks = blocks_of(self)
+        names = list(blocks)[index]
+        if names == list(blocks):
             return self
         if issubclass(self.container_type, nn.ModuleList):
-            return nn.ModuleList(self._modules[name] for name in names)
-        return nn.Sequential(OrderedDict((name, self._modules[name]) for name in names))
+            return nn.ModuleList(blocks[name] for name in names)
+        return nn.Sequential(OrderedDict((name, blocks[name]) for name in names))
 
     def call_block(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Any:
         """One step of the pass that `x` belongs to, or the first of a new one."""
@@ -125,13 +126,13 @@ class ReversibleSequence(nn.Module):
         """From the next forward pass on. Raises ValueError for what the inversion cannot do."""
         if self.inversion == "exact":
             exact.rational(beta)
-        if not abs(alpha) < float("inf") or not abs(beta) < float("inf"):
+        if not abs(alpha) < float("inf") or not abs(float(beta)) < float("inf"):
             raise ValueError(f"alpha = {alpha}, beta = {beta}: both must be finite")
         self.coefficients.choose(alpha, beta)
 
     def num_branches(self) -> int:
         """Branches of all blocks together."""
-        return sum(len(find_branches(block)[0]) for block in self._modules.values())
+        return sum(len(find_branches(block)[0]) for block in blocks_of(self).values())
 
     def extra_repr(self) -> str:
         return (
@@ -151,7 +152,7 @@ class ReversibleSequence(nn.Module):
             self.coefficients.load(local_metadata, self.place)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def __reduce_ex__(self, _: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
         return _blank, (self.container_type,), self.__dict__  # the class itself has no name to be found by
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -161,16 +162,17 @@ class ReversibleSequence(nn.Module):
         )
 
 
-STATE = ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
-STATE += ("ran", "computed_in")  # in the last pass
+STATE: tuple[str, ...] = ("ran", "computed_in")  # in the last pass
+STATE += ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
 STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 
 
 def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:
     """Give `container` the class of a sequence, in place, and its blocks the forward that takes part in its passes."""
-    container.__class__ = _reversible_class(type(container))
-    container._become(options, place)
-    return container
+    sequence: Any = container
+    sequence.__class__ = _class_for(type(container))
+    sequence._become(options, place)
+    return sequence
 
 
 def refuse_taken_names(container: nn.Module, place: str) -> None:
@@ -186,7 +188,7 @@ def refuse_taken_names(container: nn.Module, place: str) -> None:
 
 def make_plain(sequence: ReversibleSequence, place: str) -> None:
     """Undo `make_reversible`, in place. ValueError if the class was changed again since (fully_shard, parametrize)."""
-    if type(sequence) is not _reversible_class(sequence.container_type):
+    if type(sequence) is not _class_for(sequence.container_type):
         raise ValueError(
             f"{place} became a {type(sequence).__name__} after it was converted; undo that before "
             "dr2net.deconvert(model)"
@@ -203,6 +205,10 @@ def _reversible_class(container_type: type[nn.Module]) -> type[ReversibleSequenc
     return type(f"Reversible{container_type.__name__}", (ReversibleSequence, container_type), body)
 
 
+def _class_for(container_type: Any) -> type[ReversibleSequence]:
+    return _reversible_class(container_type)
+
+
 def _blank(container_type: type[nn.Module]) -> ReversibleSequence:
-    cls = _reversible_class(container_type)
+    cls = _class_for(container_type)
     return cls.__new__(cls)

@@ -11,7 +11,7 @@ attention is only cut by samples.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,10 @@ class Windows(Groups):
     """
 
     def __init__(self, norm: nn.Module, attention: nn.Module, x: Tensor) -> None:
-        self.norm, self.attention = norm, attention
+        self.norm = norm
+        self.attention = cast(Any, attention)  # its attributes are those of torchvision's two classes
         self.samples, *self.size, _ = x.shape
-        window, shift = list(attention.window_size), list(attention.shift_size)
+        window, shift = list(self.attention.window_size), list(self.attention.shift_size)
         if len(window) == 3:  # as torchvision does it: the 3-D window shrinks to a small input, the 2-D one does not
             shift = [0 if n <= w else s for n, w, s in zip(self.size, window, shift, strict=True)]
             window = [min(n, w) for n, w in zip(self.size, window, strict=True)]
