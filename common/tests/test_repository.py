@@ -286,11 +286,40 @@ def test_an_error_names_an_extra_that_exists() -> None:
             assert set(named.split(",")) <= extras.keys(), f"{relative(path)}: dr2net[{named}]"
 
 
+def copy_of_the_source(tmp_path: Path) -> Path:
+    ignored = shutil.ignore_patterns(".git", ".venv", "data", "runs", "results", "__pycache__", "*.egg-info", "build")
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=ignored))
+
+
+@pytest.mark.slow
+def test_an_install_for_development_sees_the_engine(tmp_path: Path) -> None:
+    source, installed = copy_of_the_source(tmp_path), tmp_path / "installed"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "--target",
+        str(installed),
+    ]
+    subprocess.run([*install, "-e", "."], cwd=source, check=True, timeout=120)
+    code = (
+        f"import site, importlib.util as found\nsite.addsitedir({str(installed)!r})\n"
+        "print(*(found.find_spec(name).origin for name in ('dr2net', 'engine')))"
+    )
+    # without the site-packages of this interpreter, in which the repository itself is installed
+    paths = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert paths.stdout.split() == [str(source / "common" / name / "__init__.py") for name in ("dr2net", "engine")]
+
+
 @pytest.mark.slow
 def test_the_wheel_brings_the_library_alone(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "data", "runs", "results", "__pycache__", "*.egg-info", "build")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    source = copy_of_the_source(tmp_path)
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     subprocess.run(build, cwd=source, check=True, timeout=120)
     (wheel,) = tmp_path.glob("dr2net-*.whl")
