@@ -28,6 +28,7 @@ import dr2net
 from dr2net import planner, schedule
 from dr2net.memory import Memory, format_bytes, largest
 from dr2net.model_names import find_by_depth, find_model
+from dr2net.node import RecomputationError
 from dr2net.options import Inversion, Options
 from dr2net.planner import Setting, Shape, loss_of
 
@@ -284,6 +285,8 @@ def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor
         return "overflow", "overflow"
     except FloatingPointError:
         return "not finite", "not finite"
+    except RecomputationError:  # of streams that grow: more than a few percent
+        return "too large", "-"
     return f"{error.overall:.1e}", "-" if error.grid is None else f"{error.grid:.1e}"
 
 

@@ -33,6 +33,10 @@ from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 
 
+class RecomputationError(RuntimeError):
+    """A branch did not compute in backward what it computed in forward."""
+
+
 @dataclass
 class Tape:
     """What the backward of one run hands from node to node."""
@@ -352,12 +356,13 @@ def _verify(tape: Tape) -> None:
         return
     same = torch.stack([equal for _, equal in checks]).tolist()
     if not all(same):
-        raise RuntimeError(
+        raise RecomputationError(
             f"branch {checks[same.index(False)][0]} did not compute in backward what it computed in forward, so the "
             "streams, and with them the gradients, are wrong. Likely causes: an adapter was switched, a hook put on or "
             "taken off, or an attribute changed between forward and backward; a state of its own (a cache, a counter); "
-            "kernels that are not deterministic (try torch.use_deterministic_algorithms(True)). Keep the model as it "
-            "was until backward is done, or leave the block out of the conversion"
+            "kernels that are not deterministic (try torch.use_deterministic_algorithms(True)); with anchored and "
+            "float inversion also coefficients at which streams grow and are rebuilt too roughly. Keep the model as "
+            "it was until backward is done, or leave the block out of the conversion"
         )
 
 

@@ -206,7 +206,7 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     """Metric against peak memory of the trained rows of a group, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 4.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.0, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     shown = trained(lines)
     for line in shown:
@@ -223,8 +223,9 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
             linestyle="none",
             label=f"{title}  {line.mean:.1f}, {mebibytes(line.peak)} MiB",
         )
-    seeds = max(line.num_seeds for line in shown)
-    spread = f", mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
+    counts = sorted({line.num_seeds for line in shown})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    spread = f", mean and standard deviation of {seeds} seeds" if counts[-1] > 1 else ", one seed"
     axes.set_title(f"{group}{spread}", fontsize=10, loc="left")
     axes.set_xlabel("peak memory of a training step (MiB)")
     axes.set_ylabel(headers(shown)[2])
@@ -232,7 +233,7 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False, numpoints=1)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, numpoints=1)
     figure.savefig(path)
 
 
