@@ -31,13 +31,7 @@ from engine.training.step import accumulation_steps
 SPLIT_TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers: more threads only add noise to the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def final_weights(config: Config, kind: str = "model") -> dict[str, torch.Tensor]:

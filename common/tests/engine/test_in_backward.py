@@ -22,13 +22,7 @@ from engine.training.plan import plan_row
 ONE_FORWARD = {"micro_batch": 8}  # the global batch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers: more threads only add noise to the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(folder: Path, method: str, in_backward: bool = True, **run: int) -> Any:

@@ -20,13 +20,7 @@ from engine.training import checkpoint
 SPLIT_TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the other processes: the number of threads decides in which order sums are taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
