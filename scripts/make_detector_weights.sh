@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Make the committed weights of detection's laptop and tiny presets, detection/weights/small.safetensors (float16).
+#   bash scripts/make_detector_weights.sh [--minutes 45 | --steps N]
+# Needed only to change the small detector. Every run with the same steps on the same machine gives the same weights. A
+# run that was killed goes on when the command is repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/python.sh
+export PYTHONPATH="common:."
+exec "$PYTHON" -m detection.pretrain "$@"
