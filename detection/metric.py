@@ -133,7 +133,10 @@ def check_predictions(content: Any, truth: GroundTruth, where: str) -> list[Pred
         box, score = _box(entry, at), _member(entry, "score", at)
         if not _is_number(score) or not math.isfinite(score):
             raise ValueError(f"{at}: score is {score!r:.60}, not a finite number; {REMEDY}")
-        checked.append({"image_id": image, "category_id": category, "bbox": box, "score": float(score)})
+        checked.append(
+            {"id": k + 1, "image_id": image, "category_id": category, "bbox": box, "score": float(score)}
+            | {"area": box[2] * box[3], "iscrowd": 0}  # as pycocotools wants them
+        )
     _refuse_unknown(checked, "image_id", set(truth.images), f"{where}: its predictions")
     _refuse_unknown(checked, "category_id", set(truth.categories), f"{where}: its predictions")
     return checked
@@ -147,12 +150,12 @@ def _count(truth: GroundTruth, predictions: Sequence[Prediction], max_detections
     except ImportError as error:
         raise ImportError("the COCO metric needs pycocotools; install it with: pip install 'dr2net[engine]'") from error
     given = [{**one} for one in truth.annotations]  # it writes into them
-    found = [
-        {**one, "id": k, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for k, one in enumerate(predictions, 1)
-    ]
     with contextlib.redirect_stdout(io.StringIO()):
         tables = []
-        for annotations in (given, found):  # not by loadRes, which fails on an empty list and adds a polygon to each
+        for annotations in (
+            given,
+            list(predictions),
+        ):  # not by loadRes, which fails on an empty list and adds a polygon to each
             table = COCO()
             table.dataset = {
                 "images": [{"id": image} for image in truth.images],

@@ -11,7 +11,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.metric import check_ground_truth, evaluate_boxes, evaluate_files, evaluate_objects, in_order
+from detection.metric import (
+    check_ground_truth,
+    check_predictions,
+    evaluate_boxes,
+    evaluate_files,
+    evaluate_objects,
+    in_order,
+)
 
 # The official script's floats: .05 k and .01 k would decide some ties otherwise.
 THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
@@ -193,9 +200,10 @@ def test_the_scorer_says_nothing_and_changes_nothing_that_it_was_given(capsys):
     assert capsys.readouterr() == ("", "")
     assert json.dumps([truth, found]) == before
     checked = check_ground_truth(truth, "truth")
-    before = json.dumps(checked)
-    assert evaluate_boxes(checked, found) == evaluate_boxes(checked, found)
-    assert json.dumps(checked) == before
+    counted = check_predictions(found, checked, "found")
+    before = json.dumps([checked, counted])
+    assert evaluate_boxes(checked, counted) == evaluate_boxes(checked, counted)
+    assert json.dumps([checked, counted]) == before
 
 
 def test_the_size_class_is_that_of_the_area_not_of_the_box():
