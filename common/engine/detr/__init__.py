@@ -1,0 +1,1 @@
+"""What transformers that predict a set need: boxes, positions, padding, matching. No layers, no task."""
