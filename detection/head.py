@@ -50,20 +50,13 @@ class DINOHead(nn.Module):
         self.noise = Noise(own.denoising, own.max_denoising, own.box_noise, own.label_noise)
         inputs = [*widths, *[widths[-1], *[width] * own.extra_levels][: own.extra_levels]]
         self.input_proj = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels, width, 1) if level < len(widths) else nn.Conv2d(channels, width, 3, 2, 1),
-                nn.GroupNorm(GROUPS, width),
-            )
-            for level, channels in enumerate(inputs)
+            _projection(channels, width, halve=level >= len(widths)) for level, channels in enumerate(inputs)
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
         levels = len(inputs)
         class_embed, bbox_embed = nn.Linear(width, num_classes), MLP(width, width, width, 4)
         nn.init.constant_(class_embed.bias, -math.log((1 - PRIOR) / PRIOR))
-        nn.init.zeros_(bbox_embed.layers[-1].weight)
-        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        for parameter in bbox_embed.layers[-1].parameters():
+            nn.init.zeros_(parameter)
         number = 1 if own.shared_heads else own.decoder_layers
         self.class_embed = nn.ModuleList(copy.deepcopy(class_embed) for _ in range(number))
         self.bbox_embed = nn.ModuleList(copy.deepcopy(bbox_embed) for _ in range(number))
@@ -143,3 +136,12 @@ class DINOHead(nn.Module):
         with torch.autocast(padding.device.type, enabled=False):
             positions = [sine_of_cells(one, self.width, self.temperature, self.offset) for one in paddings]
         return maps, paddings, positions
+
+
+def _projection(channels: int, width: int, *, halve: bool) -> nn.Sequential:
+    """A map of the backbone, or half of the size of the level before, to the head's width."""
+    convolution = nn.Conv2d(channels, width, 3, 2, 1) if halve else nn.Conv2d(channels, width, 1)
+    nn.init.xavier_uniform_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUPS, width))

@@ -27,6 +27,8 @@ NUM_EXAMPLE_BOXES = 8  # per image, about COCO's mean; denoising has the same nu
 class Detector(Model):
     """Backbone, then head."""
 
+    backbone: Swin
+
     def __init__(self, backbone: Swin, head: DINOHead) -> None:
         super().__init__()
         self.backbone = backbone
@@ -50,9 +52,8 @@ def build_model(config: Config, *, pretrained: bool = True) -> Detector:
     backbone = build_swin(own.backbone, weights=given if given == "imagenet" else None, drop_path=own.drop_path)
     model = Detector(backbone, DINOHead(backbone.widths, config.data.num_classes, own))
     for layer in model.head.transformer.encoder.layers:
-        cast(EncoderLayer, layer).residual = (
-            config.finetuning.method == "dr2net"
-        )  # the others go where F - x is not bounded
+        # the other methods go to coefficients where F - x is not bounded
+        cast(EncoderLayer, layer).residual = config.finetuning.method == "dr2net"
     if given is not None and given != "imagenet":
         load_file(model, Path(given), config)
     refuse_non_finite(model.state_dict(), f"pretrained weights of {own.backbone}")
