@@ -11,6 +11,8 @@ import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,11 @@ class BrokenImage(ValueError):
 
     def __init__(self, path: Path | str, problem: str, remedy: str = REMEDY):
         super().__init__(f"{path}: {problem}; {remedy}")
+        self.parts = (str(path), problem, remedy)
+
+    def __reduce__(self) -> tuple[type["BrokenImage"], tuple[str, ...]]:
+        """So that it can cross from a worker process."""
+        return BrokenImage, self.parts
 
 
 def read_image(
@@ -51,7 +58,7 @@ def read_image(
     Raises FileNotFoundError, or BrokenImage for what is no picture, truncated, too large, in floating point, or of
     another size than `size`.
     """
-    with _opened(path) as image:
+    with _quiet(), _opened(path) as image:
         orientation, stored = _orientation(image), (image.height, image.width)
         shown = stored[::-1] if orientation in SIDEWAYS else stored
         turned = orientation != 1 and not (as_stored and size == stored)
@@ -76,9 +83,20 @@ def read_image(
 
 def shown_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of a file as a viewer shows it, from its header. Raises as `read_image`."""
-    with _opened(path) as image:
+    with _quiet(), _opened(path) as image:
         size = (image.height, image.width)
         return size[::-1] if _orientation(image) in SIDEWAYS else size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings, which name no file: of large pictures, for which MAX_PIXELS is the limit, and of odd
+    metadata. What matters of a damaged file is an error.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _opened(path: Path | str) -> Image.Image:
@@ -87,10 +105,8 @@ def _opened(path: Path | str) -> Image.Image:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
             raise BrokenImage(path, "is a folder, a pipe or a device, not a picture")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit
-            Image.init()  # so that all of FORMATS are known; done once
-            image = Image.open(path, formats=FORMATS)
+        Image.init()  # so that all of FORMATS are known; done once
+        image = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path}: no such picture; put it there, or leave it out with --data.on-broken skip"
