@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument(
         "--photographs", type=Path, help="a folder of photographs, for the ground of half of the scenes"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--workers", type=int, default=1, help="processes that compose; 0: between the steps")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints")
     parser.add_argument("--log-every", type=int, default=25, help="steps between lines")
