@@ -21,7 +21,16 @@ from detection.configs import Data
 from detection.pictures import MAX_SIDE, Annotations, Category, Faults, Picture, as_coco, inside, number
 from engine.files import read_json
 
-__all__ = ["Annotations", "Category", "Picture", "annotation_file", "as_coco", "read_annotations", "read_categories"]
+__all__ = [
+    "Annotations",
+    "Category",
+    "Picture",
+    "annotation_file",
+    "as_coco",
+    "read_annotations",
+    "read_categories",
+    "read_with_faults",
+]
 
 REMEDY = "get it with scripts/download_coco.sh, mend it, or set --data.root and the splits"
 FORM = "want the form of COCO's instances_*.json"
@@ -47,39 +56,46 @@ def read_annotations(data: Data, split: Literal["train", "test"]) -> Annotations
     leaves the folder, an annotation id below 1 or twice, an unknown category or image, a box that is not four finite
     numbers or of negative size.
     """
+    faults = Faults(annotation_file(data, split), data.on_broken)
+    annotations = read_with_faults(data, split, faults, counted=True)
+    faults.tell()
+    return annotations
+
+
+def read_with_faults(data: Data, split: Literal["train", "test"], faults: Faults, *, counted: bool) -> Annotations:
+    """As `read_annotations`, without its warnings: what is odd stands in `faults`. counted: ask for `num_classes`."""
     file = annotation_file(data, split)
-    faults = Faults(file, data.on_broken)
+    tables = {} if data.kind == "yolo" else _tables(file)
+    categories = yolo.read_classes(file) if data.kind == "yolo" else _categories(file, tables)
+    if counted:
+        _check_number(data, file, categories)
     if data.kind == "yolo":
-        categories = _counted(data, file, yolo.read_classes(file))
         pictures = yolo.read_pictures(data, _name(data, split), len(categories), faults)
     else:
-        tables = _tables(file)
-        categories = _counted(data, file, _categories(file, tables))
         pictures = _pictures(data, split, tables, categories, faults)
-    faults.tell()
     if not pictures:
-        raise ValueError(f"{file}: no picture of the split {_name(data, split)!r}; {REMEDY}")
+        raise ValueError(f"{file}: no picture of the split {_name(data, split)!r} can be used; {REMEDY}")
     return Annotations(file, categories, pictures)
 
 
 def read_categories(data: Data) -> tuple[Category, ...]:
     """The classes, sorted by id, of the test split's file, which is the smaller one. Errors as `read_annotations`."""
     file = annotation_file(data, "test")
-    return _counted(data, file, yolo.read_classes(file) if data.kind == "yolo" else _categories(file, _tables(file)))
+    categories = yolo.read_classes(file) if data.kind == "yolo" else _categories(file, _tables(file))
+    _check_number(data, file, categories)
+    return categories
 
 
 def _name(data: Data, split: Literal["train", "test"]) -> str:
     return data.train_split if split == "train" else data.test_split
 
 
-def _counted(data: Data, file: Path, categories: tuple[Category, ...]) -> tuple[Category, ...]:
-    """The categories, or ValueError if there are other than `num_classes`."""
+def _check_number(data: Data, file: Path, categories: tuple[Category, ...]) -> None:
     if len(categories) != data.num_classes:
         remedy = f"set --data.num-classes {len(categories)} to train on it, or give the data set of the checkpoint"
         raise ValueError(
             f"{file}: has {len(categories)} classes, the configuration says {data.num_classes} (num_classes); {remedy}"
         )
-    return categories
 
 
 def _pictures(

@@ -119,7 +119,7 @@ def build_dataset(config: Config, split: Split) -> Pictures:
     pictures = list(annotations.pictures.values())
     if train and not data.keep_empty:
         pictures = [picture for picture in pictures if not picture.crowd.all()]
-    missing = _missing(pictures)
+    missing = find_missing(pictures)
     if missing:
         names = ", ".join(str(picture.path) for picture in missing[:10])
         message = f"{annotations.file}: {len(missing)} of {len(pictures)} pictures are missing: {names}"
@@ -160,6 +160,14 @@ def class_names(config: Config) -> list[str]:
     return [category.name for category in read_categories(config.data)]
 
 
+def find_missing(pictures: list[Picture]) -> list[Picture]:
+    """Those without a file; each folder is listed once, no file is opened."""
+    there: dict[Path, set[str]] = {}
+    for folder in {picture.path.parent for picture in pictures}:
+        there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [picture for picture in pictures if picture.path.name not in there[picture.path.parent]]
+
+
 def sample_of_image(data: Data, image: Tensor, name: str) -> dict[str, Any]:
     """A picture without annotations as a sample for `collate`, by the test rule. image: uint8 (3, H, W)."""
     height, width = image.shape[-2:]
@@ -195,11 +203,3 @@ def _least_side(data: Data, train: bool) -> int | None:
     if not train:
         return data.test_size
     return None if data.crop == "window" else max(*data.sizes, *data.crop_sizes)
-
-
-def _missing(pictures: list[Picture]) -> list[Picture]:
-    """Those without a file; each folder is listed once, no file is opened."""
-    there: dict[Path, set[str]] = {}
-    for folder in {picture.path.parent for picture in pictures}:
-        there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    return [picture for picture in pictures if picture.path.name not in there[picture.path.parent]]

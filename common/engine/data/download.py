@@ -6,6 +6,7 @@
 For shell scripts, without starting more than the standard library:
 
     python common/engine/data/download.py fetch URL FILE            # download and remember
+    python common/engine/data/download.py fetch URL FILE SIZE MD5   # where both are published
     python common/engine/data/download.py extract ARCHIVE FOLDER [MAX_GIB]
 
 What stands at `path` is complete and checked; what is on its way is `<path>.part`, and `<path>.part.source` says of
@@ -344,11 +345,13 @@ def main(words: list[str]) -> None:
         match words:
             case ["fetch", url, file]:
                 print(f"{file}: sha256 {remember(download(url, file))}")
+            case ["fetch", url, file, size, md5]:
+                print(f"{download(url, file, size=int(size), md5=md5)}: md5 {md5}")
             case ["extract", archive, folder, *limit]:
                 gib = int(limit[0]) if limit else 64
                 print(f"{archive}: {len(extract(archive, folder, max_bytes=gib * GIB))} files unpacked in {folder}")
             case _:
-                sys.exit("usage: download.py fetch URL FILE | extract ARCHIVE FOLDER [MAX_GIB]")
+                sys.exit("usage: download.py fetch URL FILE [SIZE MD5] | extract ARCHIVE FOLDER [MAX_GIB]")
     except (DownloadError, ValueError, OSError) as error:
         sys.exit(f"download: {error}")
 

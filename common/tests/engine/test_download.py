@@ -161,6 +161,13 @@ def test_the_command_line_fetches_and_unpacks_and_says_one_line_of_errors(server
     main(["extract", file, str(tmp_path / "out")])
     assert (tmp_path / "out" / "a" / "b.txt").read_bytes() == b"x"
     assert "sha256" in capsys.readouterr().out
+    known = [str(len(server.content)), hashlib.md5(server.content).hexdigest()]
+    main(["fetch", url, str(tmp_path / "again.zip"), *known])
+    assert f"again.zip: md5 {known[1]}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="download: .* instead of 0000"):
+        main(["fetch", url, str(tmp_path / "other.zip"), known[0], "0000"])
+    with pytest.raises(SystemExit, match="download: .*offers .* bytes, 5 are expected"):
+        main(["fetch", url, str(tmp_path / "other.zip"), "5", known[1]])
     with pytest.raises(SystemExit, match="usage"):
         main(["mirror"])
     with pytest.raises(SystemExit, match="download: .*only http"):
