@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 REMEDY = "get it with scripts/download_coco.sh, mend it, or set --data.root and the splits"
+UNUSED = ("segmentation", "coco_url", "flickr_url", "date_captured")  # most of the file's size
 FORM = "want the form of COCO's instances_*.json"
 # Tables and keys of the other files that stand in COCO's annotation folder.
 OTHERS = {"caption": "captions", "segments_info": "panoptic segments"}
@@ -130,7 +131,7 @@ def _pictures(
 
 def _tables(file: Path) -> dict[str, list[Any]]:
     """The three lists of an annotation file, its entries not yet looked at."""
-    content = read_json(file, REMEDY)
+    content = read_json(file, REMEDY, without=UNUSED)
     if isinstance(content, list):
         raise ValueError(f"{file}: is a list, as files of detections are, not annotations; {FORM}")
     if not isinstance(content, dict):

@@ -13,6 +13,8 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +42,30 @@ def read_text(path: Path, remedy: str) -> str:
         raise ValueError(f"{path}: is not in UTF-8 ({error.reason} at byte {error.start}); {remedy}") from error
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_json(path: Path, remedy: str, *, without: Collection[str] = ()) -> Any:
     """The content of a JSON file.
 
+    without: keys whose values are let go as soon as they are read, in whatever object; large ones that nobody needs.
     Raises as `read_text`, and ValueError for what is not JSON, nested too deep, has a key twice in one object (of which
     the parser would lose the first) or a whole number that is no float.
     """
     text = read_text(path, remedy)
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_whole_number)
+        return json.loads(text, object_pairs_hook=partial(_without_repeats, without), parse_int=_whole_number)
     except RecursionError:
         raise ValueError(f"{path}: is nested too deep to be what it should; {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(without: Collection[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         repeated = next(name for name in counts if counts[name] > 1)
         raise ValueError(f"{repeated[:80]!r} is listed twice")
+    for name in without:
+        table.pop(name, None)
     return table
 
 

@@ -52,3 +52,12 @@ def test_there_is_one_way_to_open_a_json_file():
     found = [path.name for path in files if "tests" not in path.parts and opened.search(path.read_text())]
     # The campaign compares that reader with a plain parser.
     assert len(files) > 50 and found == ["mutate_files.py"]
+
+
+def test_large_values_that_nobody_needs_are_let_go_wherever_they_stand(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_text('{"a": [{"mask": [1, 2], "b": 1}, {"b": {"mask": {"c": 2}}}], "mask": 3}')
+    assert read_json(path, "mend it", without=("mask", "absent")) == {"a": [{"b": 1}, {"b": {}}]}
+    path.write_text('{"mask": 1, "mask": 2}')
+    with pytest.raises(ValueError, match="'mask' is listed twice"):
+        read_json(path, "mend it", without=("mask",))
