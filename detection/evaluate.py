@@ -1,10 +1,12 @@
 """Average precision over box IoU, COCO's metric (`metric.py`), of a network, a run or a prediction file.
 
     python -m detection.evaluate runs/detection/shapes_tiny_dr2net/seed0
+    python -m detection.evaluate coco_swinl_conventional --model.weights checkpoint0011_4scale_swin.pth
     python -m detection.evaluate --ground-truth instances_val2017.json --predictions detections.json
 
 The first writes detections.json, in the form that the COCO server takes, into the run's folder and prints the metrics
-in percent; the second prints those of any such file. The network's classes become the category ids of the annotation
+in percent; the second does so with a detector of others, as the row has it, untrained by us; the third prints those of
+any such file. The network's classes become the category ids of the annotation
 file here and nowhere else. A size without ground truth has no metric: a dash. Rows take one image at a time, as the
 padding of a batch changes what a network sees. Not here: which detections an image has (`head.py`).
 """
@@ -12,7 +14,7 @@ padding of a batch changes what a network sees. Not here: which detections an im
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import numpy as np
 
 from detection.annotations import annotation_file, as_coco, read_annotations
-from detection.configs import Config
+from detection.configs import ROWS, Config
 from detection.metric import (
     MAX_DETECTIONS,
     GroundTruth,
@@ -32,10 +34,16 @@ from detection.metric import (
     in_order,
     read_ground_truth,
 )
+from engine import commands
 from engine.command_line import parse, run_command
+from engine.data.loader import build_loader
+from engine.data.workers import tracked
 from engine.files import write_text
 from engine.settings import Arguments, Count
 from engine.task import Batch, Model
+from engine.training.devices import build_accelerator
+from engine.training.evaluation import collect_rows, score_once
+from engine.training.finetuning import autocast
 
 
 class Found(TypedDict):
@@ -146,11 +154,50 @@ def score_files(words: list[str]) -> None:
         print(f"{name} -" if value is None else f"{name} {value:.2f}")
 
 
+def score_weights(words: list[str]) -> None:
+    """The command line that scores a row's pretrained weights, without training.
+
+    Also over several processes, by torchrun. ValueError for a row whose weights are no detector's.
+    """
+    from detection import data, evaluate, model
+
+    config = commands.parse_config(ROWS, words)
+    if config.model.weights in (None, "imagenet"):
+        raise ValueError(f"{config.row}: its weights are no detector's; give --model.weights FILE")
+    network = model.build_model(config)
+    accelerator = build_accelerator(config.run.device, config.optimization.precision)
+    network.to(accelerator.device)
+    truth = read_truth(config)
+    loader = build_loader(
+        data.build_dataset(config, "test"),
+        batch_size=config.run.evaluation_batch or config.run.micro_batch,
+        seed=config.run.seed,
+        train=False,
+        num_workers=config.run.num_workers,
+        collate=data.collate,
+    )
+    with autocast(config.optimization.precision, accelerator.device):
+        rows = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
+    metrics = score_once(config, rows, truth, evaluate)
+    if accelerator.is_main_process:
+        print(f"{config.model.weights}: {', '.join(f'{name} {value:.1f}' for name, value in metrics.items())}")
+        print(
+            write(config.run.output / "detection" / config.row / Path(config.model.weights).stem, rows, truth, config)
+        )
+
+
+def command_of(words: list[str]) -> Callable[[list[str]], None] | None:
+    """The function for these words, None for a run's folder."""
+    if any(word.startswith(("--ground-truth", "--predictions")) for word in words):
+        return score_files
+    is_row = words and not words[0].startswith("-") and "/" not in words[0] and not Path(words[0]).exists()
+    return score_weights if is_row else None
+
+
 if __name__ == "__main__":
     from detection import data, evaluate, model
-    from engine import commands
 
-    if any(word.startswith(("--ground-truth", "--predictions")) for word in sys.argv):
-        run_command(score_files)
+    if (chosen := command_of(sys.argv[1:])) is not None:
+        run_command(chosen)
     else:
         commands.evaluate(Config, model, data, evaluate)
