@@ -97,7 +97,8 @@ class Model(Settings):
     shared_heads: bool = True  # one class and one box layer for all decoder layers; detrex, mmdetection: one each
     temperature: Positive = 20.0  # of the encoder's positions; detrex: 10000
     position_offset: float = 0.0  # detrex: -.5
-    query_chunk: Count | None = 2048  # deformable attention of the encoder: queries at once, recomputed in backward
+    query_chunk: Count | None = None  # recompute the head: encoder layers in pieces of so many queries, decoder layers
+    # as a whole; None: keep all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,6 @@ SMALL = Model(
     queries=150,
     denoising=50,
     max_denoising=100,
-    query_chunk=None,
 )
 
 
@@ -181,11 +181,17 @@ def coco_swint(method: Method) -> Config:
     Published: AP 51.3 (detrex, ImageNet-1k weights of Microsoft; torchvision's, which `imagenet` brings, are another
     training). Not as there: weight decay also on norms, images without boxes are kept, resized sides are rounded down,
     as in the official DINO; one head for all decoder layers. Memory is predicted for images that pad to 1333 x 1333.
+    Conventional and frozen keep everything; the other methods also recompute the head in pieces (`query_chunk`).
     """
     return Config(
         preset="paper",
         data=COCO,
-        model=Model(backbone="swin_t", weights="imagenet", drop_path=0.1),
+        model=Model(
+            backbone="swin_t",
+            weights="imagenet",
+            drop_path=0.1,
+            query_chunk=None if method in ("conventional", "frozen") else 2048,
+        ),
         optimization=Optimization(
             epochs=12,
             warmup_epochs=0,

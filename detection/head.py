@@ -63,7 +63,7 @@ class DINOHead(nn.Module):
         self.label_enc = nn.Embedding(num_classes, width)
         sizes = (width, own.heads, levels, own.points, own.feedforward)
         encoder = Encoder([EncoderLayer(*sizes, own.query_chunk) for _ in range(own.encoder_layers)])
-        decoder = Decoder([DecoderLayer(*sizes) for _ in range(own.decoder_layers)], width)
+        decoder = Decoder([DecoderLayer(*sizes, own.query_chunk is not None) for _ in range(own.decoder_layers)], width)
         self.transformer = Transformer(encoder, decoder, width, levels, own.queries, class_embed, bbox_embed)
 
     def forward(self, features: list[Tensor], padding: Tensor, targets: list[Target] | None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ The encoder's layers are branches for `dr2net.convert`. Not here: class and box 
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dr2net
 from detection.attention import DeformableAttention, Shapes, in_chunks
@@ -102,9 +103,12 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x (B, Q, C) -> (B, Q, C). norm2 follows self-attention, norm1 cross-attention: the official names."""
+    """x (B, Q, C) -> (B, Q, C). norm2 follows self-attention, norm1 cross-attention: the official names.
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int) -> None:
+    recompute: keep only what comes in; the values of all tokens, projected anew in each layer, are most of the rest.
+    """
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, hidden: int, recompute: bool) -> None:
         super().__init__()
         self.cross_attn = DeformableAttention(width, heads, levels, points)
         self.norm1 = nn.LayerNorm(width)
@@ -113,8 +117,15 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.norm3 = nn.LayerNorm(width)
+        self.recompute = recompute
 
-    def forward(
+    def forward(self, *arguments: Any) -> Tensor:
+        """As `compute`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, *arguments, use_reentrant=False)
+        return self.compute(*arguments)
+
+    def compute(
         self,
         x: Tensor,
         position: Tensor,
@@ -222,16 +233,20 @@ class Transformer(nn.Module):
     def select(self, memory: Tensor, shapes: Shapes, shares: Tensor, padding: Tensor) -> Selected:
         """The tokens that look most like an object of any class, as many as there are queries, or all."""
         boxes, usable = proposals(shapes, padding)
-        memory = memory.masked_fill(~usable[..., None], 0)
+
+        def look(tokens: Tensor, usable: Tensor) -> Tensor:
+            return self.enc_output_norm(self.enc_output(tokens.float().masked_fill(~usable[..., None], 0)))
+
         with torch.autocast(memory.device.type, enabled=False):
-            found = self.enc_output_norm(self.enc_output(memory.float()))
-            logits = self.enc_out_class_embed(found)
-            number = min(self.tgt_embed.num_embeddings, logits.shape[1])
-            best = logits.amax(dim=-1).topk(number, dim=1).indices[..., None]
-            found = found.gather(1, best.expand(-1, -1, found.shape[-1]))
+            with torch.no_grad():  # only what is selected has a loss: nothing need be kept of the others
+                scores = self.enc_out_class_embed(look(memory, usable)).amax(dim=-1)
+            number = min(self.tgt_embed.num_embeddings, scores.shape[1])
+            best = scores.topk(number, dim=1).indices
+            rows = best[..., None]
+            found = look(memory.gather(1, rows.expand(-1, -1, memory.shape[-1])), usable.gather(1, best))
             # a proposal at infinity stays there: sigmoid 1, gradient 0
-            moved = self.enc_out_bbox_embed(found) + boxes.gather(1, best.expand(-1, -1, 4))
-            return Selected(logits.gather(1, best.expand(-1, -1, logits.shape[-1])), moved.sigmoid())
+            moved = self.enc_out_bbox_embed(found) + boxes.gather(1, rows.expand(-1, -1, 4))
+            return Selected(self.enc_out_class_embed(found), moved.sigmoid())
 
     def decode(
         self,

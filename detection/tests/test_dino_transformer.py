@@ -79,7 +79,7 @@ def test_reference_points_are_centers_of_tokens_in_each_padded_map() -> None:
 def build(num_layers: int = 3) -> Transformer:
     torch.manual_seed(0)
     encoder = Encoder([EncoderLayer(WIDTH, HEADS, 2, POINTS, 64, None) for _ in range(2)])
-    decoder = Decoder([DecoderLayer(WIDTH, HEADS, 2, POINTS, 64) for _ in range(num_layers)], WIDTH)
+    decoder = Decoder([DecoderLayer(WIDTH, HEADS, 2, POINTS, 64, False) for _ in range(num_layers)], WIDTH)
     return Transformer(encoder, decoder, WIDTH, 2, 20, nn.Linear(WIDTH, 3), MLP(WIDTH, WIDTH, 4))
 
 
