@@ -114,7 +114,7 @@ def _plan(
     common = None
     if stand:
         above = labels[labels >= len(CLASSES) - len(KINDS)]  # as seen from above: more often than drawn shapes
-        labels = above if len(above) and rng.random() < 0.6 else labels
+        labels = above if len(above) > 1 and rng.random() < 0.6 else labels
         labels = rng.choice(labels, min(len(labels), int(rng.integers(1, 3))), replace=False)
         low, high = max(extent[0], 10.0), min(extent[1], 64.0)
         common = float(np.exp(rng.uniform(np.log(low), np.log(max(low, high)))))
