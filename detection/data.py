@@ -130,7 +130,9 @@ def build_dataset(config: Config, split: Split) -> Pictures:
         absent = {picture.id for picture in missing}
         pictures = [picture for picture in pictures if picture.id not in absent]
     if not pictures:
-        raise ValueError(f"{annotations.file}: no picture to use; check --data.root, the splits and --data.keep-empty")
+        raise ValueError(
+            f"{annotations.file}: no picture to use; check --data.root, the splits and --data.no-keep-empty"
+        )
     return Pictures(data, annotations, pictures, train=train)
 
 

@@ -88,6 +88,13 @@ def shown_size(path: Path | str) -> tuple[int, int]:
         return size[::-1] if _orientation(image) in SIDEWAYS else size
 
 
+def is_turned_unseen(path: Path | str) -> bool:
+    """Whether EXIF turns or mirrors a file in a way that its size does not tell. Raises as `read_image`."""
+    with _quiet(), _opened(path) as image:
+        orientation = _orientation(image)
+        return orientation != 1 and (orientation not in SIDEWAYS or image.width == image.height)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Pillow's warnings, which name no file: of large pictures, for which MAX_PIXELS is the limit, and of odd

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detection.images import MAX_PIXELS, SUFFIXES, BrokenImage, read_image, shown_size
+from detection.images import MAX_PIXELS, SUFFIXES, BrokenImage, is_turned_unseen, read_image, shown_size
 
 COLORS = np.array([[[250, 10, 20], [20, 240, 30]], [[30, 20, 230], [120, 130, 140]]], np.uint8)
 
@@ -110,6 +110,7 @@ def test_a_picture_is_turned_where_its_boxes_are_and_nowhere_else(tmp_path, orie
     assert close(read_image(path), wanted, 0)
     assert close(read_image(path, size=shown), wanted, 0)
     assert close(read_image(path, size=(40, 60), as_stored=True), COLORS, 0)
+    assert is_turned_unseen(path) == (orientation in (2, 3, 4))
     if sideways:
         assert close(read_image(path, size=(60, 40), as_stored=True), wanted, 0)
         with pytest.raises(BrokenImage, match="60 x 40 pixels"):
