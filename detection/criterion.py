@@ -8,6 +8,8 @@ target; divided by their groups too). The number of targets is that of the whole
 cx, cy, w, h in 0..1. Everything here is float32, outside autocast.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,36 +35,43 @@ def matching_costs(logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
     return CLASS_COST * classes + BOX_COST * distance - GIOU_COST * overlap
 
 
-def match(logits: Tensor, boxes: Tensor, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Targets for S sets of predictions, logits (S, B, Q, K) and boxes (S, B, Q, 4).
+class Matches(NamedTuple):
+    """Indices of all matches, (M,) each."""
 
-    Returns, for all matches, the indices of set, image and query, and the target among those of the whole batch.
-    """
+    sets: Tensor
+    images: Tensor
+    queries: Tensor
+    targets: Tensor  # among those of the whole batch
+
+
+def match(logits: Tensor, boxes: Tensor, targets: list[Target]) -> Matches:
+    """Targets for S sets of predictions, logits (S, B, Q, K) and boxes (S, B, Q, 4)."""
     sets, images, queries, chosen = [], [], [], []
     first = 0
     for image, target in enumerate(targets):
         with torch.no_grad():
-            costs = matching_costs(logits[:, image], boxes[:, image], target)
-        for number, (query, one) in enumerate(assign(list(costs))):
+            costs = matching_costs(logits[:, image], boxes[:, image], target).cpu()
+        for number, cost in enumerate(costs):
+            query, one = assign(cost, f"image {image} of the batch")
             sets.append(torch.full_like(query, number))
             images.append(torch.full_like(query, image))
             queries.append(query)
             chosen.append(one + first)
         first += len(target["labels"])
-    return torch.cat(sets), torch.cat(images), torch.cat(queries), torch.cat(chosen)
+    return Matches(*(torch.cat(indices).to(logits.device) for indices in (sets, images, queries, chosen)))
 
 
 def matched_losses(logits: Tensor, boxes: Tensor, targets: list[Target], num_targets: float) -> Tensor:
     """Class, box and GIoU loss, weighted, of each set: logits (S, B, Q, K), boxes (S, B, Q, 4) -> (S, 3)."""
-    number, image, query, chosen = place = match(logits, boxes, targets)
-    labels = torch.cat([target["labels"] for target in targets])[chosen]
-    truth = torch.cat([target["boxes"] for target in targets])[chosen]
+    found = match(logits, boxes, targets)
+    place = found.sets, found.images, found.queries
+    labels = torch.cat([target["labels"] for target in targets])[found.targets]
+    truth = torch.cat([target["boxes"] for target in targets])[found.targets]
     wanted = torch.zeros_like(logits)
-    wanted[(*place[:3], labels)] = 1.0
+    wanted[(*place, labels)] = 1.0
     classes = sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum(dim=(1, 2, 3))
-    own = boxes[number, image, query]
-    sums = torch.stack(box_losses(own, truth), dim=-1)  # (M, 2)
-    both = logits.new_zeros(len(logits), 2).index_add(0, number, sums)
+    sums = torch.stack(box_losses(boxes[place], truth), dim=-1)  # (M, 2)
+    both = logits.new_zeros(len(logits), 2).index_add(0, found.sets, sums)
     return torch.cat([CLASS * classes[:, None], both], dim=1) / num_targets
 
 

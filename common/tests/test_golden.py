@@ -24,9 +24,10 @@ from engine.training.finetuning import apply_method, set_coefficients, set_mode
 from engine.training.optimization import build_optimizer, set_learning_rate
 
 FILE = Path(__file__).with_name("golden.json")
-FAMILIES = {"motion_tiny": "action_recognition", "untrimmed_tiny": "action_detection"}
+FAMILIES = {"motion_tiny": "action_recognition", "untrimmed_tiny": "action_detection", "shapes_tiny": "detection"}
 NUM_STEPS = 5
-SAME = 1e-5  # relative; kernels of another processor add in another order
+# Relative; kernels of another processor add in another order, and in detection that may match another query.
+SAME = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-5, "shapes_tiny": 1e-3}
 
 
 def build(name: str) -> tuple[Config, Model, list[Batch]]:
@@ -39,7 +40,8 @@ def build(name: str) -> tuple[Config, Model, list[Batch]]:
     rng, batches = np.random.default_rng(0), []
     for _ in range(NUM_STEPS):
         batch = models.example_batch(config)
-        batch["video"] = torch.from_numpy(rng.standard_normal(batch["video"].shape, dtype=np.float32))
+        pixels = "image" if "image" in batch else "video"
+        batch[pixels] = torch.from_numpy(rng.standard_normal(batch[pixels].shape, dtype=np.float32))
         if "label" in batch:
             batch["label"] = torch.from_numpy(rng.integers(0, config.data.num_classes, len(batch["label"])))
         batches.append(batch)
@@ -81,8 +83,9 @@ ROWS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
 @pytest.mark.parametrize("name", ROWS)
 def test_five_steps_of_a_row_are_what_they_were(name: str) -> None:
     golden, found = json.loads(FILE.read_text())[name], five_steps(name)
-    assert found["loss"] == pytest.approx(golden["loss"], rel=SAME)
-    assert found["gradient"] == pytest.approx(golden["gradient"], rel=SAME)
+    same = next(tolerance for family, tolerance in SAME.items() if name.startswith(family))
+    assert found["loss"] == pytest.approx(golden["loss"], rel=same)
+    assert found["gradient"] == pytest.approx(golden["gradient"], rel=same)
     assert found["peak"] == golden["peak"]
 
 

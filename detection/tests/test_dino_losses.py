@@ -72,13 +72,13 @@ def test_centers_and_corners_are_inverse_and_so_are_logits() -> None:
 
 def test_predictions_that_are_not_finite_are_not_matched() -> None:
     with pytest.raises(FloatingPointError, match="image 1 of the batch"):
-        assign([torch.zeros(4, 2), torch.full((4, 2), torch.nan)])
+        assign(torch.full((4, 2), torch.nan), "image 1 of the batch")
 
 
 def test_more_targets_than_queries_match_as_many_as_there_are() -> None:
     (target,) = some_targets(9)
     logits, boxes = predictions(1, 1, 4)
-    (pair,) = assign([matching_costs(logits[0, 0], boxes[0, 0], target)])
+    pair = assign(matching_costs(logits[0, 0], boxes[0, 0], target), "image 0 of the batch")
     assert len(pair[0]) == 4
     assert torch.isfinite(matched_losses(logits, boxes, [target], 9.0)).all()
 
