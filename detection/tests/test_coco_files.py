@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,33 @@ def test_other_keys_of_predictions_are_not_looked_at():
     assert (
         evaluate_objects(TRUTH, [{**FOUND[0], "id": 0, "area": -1, "segmentation": "none", "iscrowd": 1}])["AP"] == ALL
     )
+
+
+ODD = [None, True, 0, -1, 1e308, math.nan, math.inf, "", "x", [], {}, [1], {"id": 1}, 10**300, 2**53, 1.5, b"x"]
+ODD += [[None] * 4, [1, 2, 3, 4], [[]], [1, 1, 1e9, 1e9], [-1e9] * 4, -(2**63)]
+
+
+def places(content: Any, way: tuple = ()) -> Iterator[tuple]:
+    """The way to every entry."""
+    yield way
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inner:
+        yield from places(value, (*way, key))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_entry_replaced_by_anything_is_counted_or_named():
+    counted = 0
+    for which, content in enumerate((TRUTH, FOUND)):
+        for way in places(content):
+            for value in ODD:
+                pair: list[Any] = [TRUTH, FOUND]
+                pair[which] = changed(content, *way, value) if way else value
+                try:
+                    metrics = evaluate_objects(*pair)
+                except ValueError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 700
+                else:
+                    counted += 1
+                    assert all(one is None or 0 <= one <= ALL.expected + 1e-6 for one in metrics.values())
+    assert counted > 100
