@@ -272,9 +272,21 @@ def test_missing_areas_and_crowd_marks_are_filled_in_and_told(tmp_path: Path):
     expected = evaluate_objects(truth, [hit([0, 0, 10, 10]), hit([20, 0, 40, 40])])
     for one in truth["annotations"]:
         del one["iscrowd"]
-    del truth["annotations"][0]["area"]
+    del truth["annotations"][1]["area"]
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     (tmp_path / "found.json").write_text(json.dumps([hit([0, 0, 10, 10]), hit([20, 0, 40, 40])]))
     said = r"truth.json: of 2 annotations 1 have no area: width times height is taken; 2 have no iscrowd: 0 is taken"
     with pytest.warns(UserWarning, match=said):
         assert evaluate_files(tmp_path / "truth.json", tmp_path / "found.json") == expected
+
+
+def test_categories_come_by_id_and_of_some_images_only_their_objects_remain():
+    table = case([[0, 0, 10, 10]], [[5, 5, 10, 10]], [])
+    table["categories"] = [{"id": 90, "name": "dog"}, {"id": 7, "name": "thing"}, {"id": 8}]
+    truth = check_ground_truth(table, "truth")
+    assert list(truth.categories.items()) == [(7, "thing"), (8, "8"), (90, "dog")]
+    part = truth.of_images([2, 1, 99])
+    assert part.images == (1, 2) and [one["id"] for one in part.annotations] == [2]
+    assert len(truth.annotations) == 2
+    with pytest.raises(ValueError, match="the ground truth has no objects"):
+        evaluate_boxes(truth.of_images([2]), [])
