@@ -168,9 +168,7 @@ def shapes_tiny(method: Method) -> Config:
         base,
         preset="tiny",
         data=SHAPES,
-        model=replace(SMALL, queries=100),
-        optimization=replace(base.optimization, epochs=6, global_batch=8),
-        run=replace(base.run, micro_batch=8),
+        optimization=replace(base.optimization, epochs=3, global_batch=4),
     )
 
 
