@@ -33,6 +33,7 @@ from detection.images import BrokenImage, read_image
 from engine.config import Split
 from engine.data.fingerprint import Files
 from engine.data.transforms import normalize
+from engine.detr.padding import pad_images
 
 CACHE_BYTES = 1 << 28  # a split whose decoded pictures fit in here is decoded once, by each process
 MAX_REPLACEMENTS = 20  # unusable pictures in a row, before something else is to blame
@@ -138,13 +139,7 @@ def build_dataset(config: Config, split: Split) -> Pictures:
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples of unequal sizes -> one batch, see the top of this file."""
-    height, width = (max(sample["image"].shape[side] for sample in samples) for side in (1, 2))
-    image = torch.zeros(len(samples), 3, height, width)
-    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        h, w = sample["image"].shape[1:]
-        image[row, :, :h, :w] = sample["image"]
-        padding[row, :h, :w] = False
+    image, padding = pad_images([sample["image"] for sample in samples])
     return {
         "image": image,
         "padding": padding,
