@@ -35,6 +35,7 @@ from engine.files import read_json
 MAX_DETECTIONS = 100  # per image and class, as COCO's server counts
 MAX_ID = 1 << 53  # above it two ids may be one as floats
 MAX_PIXELS = 1e9  # a coordinate beyond it is none, and areas of such boxes are not finite
+UNUSED = ("segmentation",)  # most of a file's size
 SIZES = {"": "all", "_S": "small", "_M": "medium", "_L": "large"}
 PREDICTION_FORM = 'a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}'
 REMEDY = "give the file in COCO's form, or mend it"
@@ -65,7 +66,7 @@ def evaluate_files(ground_truth: Path | str, predictions: Path | str, max_detect
     (annotations) or unknown, ground truth without a single object.
     """
     truth = read_ground_truth(Path(ground_truth))
-    content = read_json(Path(predictions), REMEDY)
+    content = read_json(Path(predictions), REMEDY, without=UNUSED)
     return evaluate_boxes(truth, check_predictions(content, truth, str(predictions)), max_detections)
 
 
@@ -99,7 +100,7 @@ def in_order(predictions: Iterable[Prediction]) -> list[Prediction]:
 
 def read_ground_truth(path: Path) -> GroundTruth:
     """The ground truth of a file in COCO's form. Raises as `evaluate_files`."""
-    return check_ground_truth(read_json(path, REMEDY), str(path))
+    return check_ground_truth(read_json(path, REMEDY, without=UNUSED), str(path))
 
 
 def check_ground_truth(content: Any, where: str) -> GroundTruth:
