@@ -120,7 +120,7 @@ def as_widths(boxes: np.ndarray) -> np.ndarray:
 
 def as_predictions(rows: Sequence[Found], category_ids: Sequence[int]) -> list[Prediction]:
     """COCO's results, by image and score. The same image twice counts once. ValueError for a class that has no id."""
-    images = {row["image_id"]: row for row in reversed(rows)}
+    images = {row["image_id"]: row for row in rows}
     found = []
     for image_id, row in images.items():
         if len(row["labels"]) and not 0 <= row["labels"].min() <= row["labels"].max() < len(category_ids):

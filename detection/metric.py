@@ -32,6 +32,12 @@ import numpy as np
 
 from engine.files import read_json
 
+try:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError as error:  # before a training, not at its end
+    raise ImportError("the COCO metric needs pycocotools: pip install 'dr2net[engine]'") from error
+
 MAX_DETECTIONS = 100  # per image and class, as COCO's server counts
 MAX_ID = 1 << 53  # above it two ids may be one as floats
 MAX_PIXELS = 1e9  # a coordinate beyond it is none, and areas of such boxes are not finite
@@ -145,11 +151,6 @@ def check_predictions(content: Any, truth: GroundTruth, where: str) -> list[Pred
 
 def _count(truth: GroundTruth, predictions: Sequence[Prediction], max_detections: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision (10 thresholds, 101 recalls, classes, 4 sizes) and recall (10, classes, 4), -1 without ground truth."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError("the COCO metric needs pycocotools; install it with: pip install 'dr2net[engine]'") from error
     given = [{**one} for one in truth.annotations]  # it writes into them
     with contextlib.redirect_stdout(io.StringIO()):
         tables = []
