@@ -148,7 +148,8 @@ def trees_small(method: Method) -> Config:
             warmup_epochs=0.3,
             global_batch=4,
             learning_rate=4e-4,
-            multipliers={"backbone.": 0.25},
+            # the class layers are new: one class instead of the scenes' twenty
+            multipliers={"backbone.": 0.25, "head.class_embed.": 4.0, "head.transformer.enc_out_class_embed.": 4.0},
             weight_decay=1e-4,
             clip_norm=0.1,
             precision="fp32",
