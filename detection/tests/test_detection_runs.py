@@ -34,7 +34,7 @@ def config(tmp_path_factory) -> Config:
     base = ROWS["shapes_tiny_dr2net"]()
     data = write_coco(tmp_path_factory.mktemp("toy"))
     data = replace(data, test_size=80)  # for speed, as the single layers
-    model = replace(base.model, weights=None, encoder_layers=1, decoder_layers=1)
+    model = replace(base.model, weights=None, queries=100, encoder_layers=1, decoder_layers=1)
     return replace(base, data=data, model=model)
 
 
@@ -104,7 +104,8 @@ def test_weights_of_a_detector_are_evaluated_by_one_command(config, tmp_path, mo
     save_file({k: v.contiguous() for k, v in build_model(config).state_dict().items()}, tmp_path / "given.safetensors")
     root = (
         *("--data.root", str(config.data.root), "--data.num-classes", "2", "--data.test-size", "80"),
-        *("--model.encoder-layers", "1", "--model.decoder-layers", "1", "--run.output", str(tmp_path / "runs")),
+        *("--model.queries", "100", "--model.encoder-layers", "1", "--model.decoder-layers", "1"),
+        *("--run.output", str(tmp_path / "runs")),
     )
     words = ("shapes_tiny_conventional", "--model.weights", str(tmp_path / "given.safetensors"), *root)
     assert command_of([*words]) is score_weights
