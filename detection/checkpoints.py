@@ -170,8 +170,16 @@ def _refuse_another_network(kind: str, config: Config, source: str) -> None:
     wanted = OTHERWISE.get(kind, {})
     wrong = {name: value for name, value in wanted.items() if getattr(config.model, name) != value}
     if wrong:
-        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in wrong.items())
+        flags = " ".join(_flag(name, value) for name, value in wrong.items())
         raise ValueError(f"{source} is of {kind}, whose network is another one than the row's: give {flags}")
+
+
+def _flag(name: str, value: bool | float) -> str:
+    """As the command line takes it."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--model.{name}" if value else f"--model.no-{name}"
+    return f"--model.{name} {value}"
 
 
 def _of_coco(value: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_files_with_a_head_per_layer_load_where_the_row_says_so(kind: str, tmp_p
 def test_a_file_of_another_network_names_the_flags(tmp_path: Path) -> None:
     source = random_detector(config_of(extra_levels=1, **DETREX))
     torch.save({"model": detrex(source)}, tmp_path / "detrex.pth")
-    with pytest.raises(ValueError, match="--model.shared-heads False --model.temperature 10000.0 --model.position-o"):
+    with pytest.raises(ValueError, match="--model.no-shared-heads --model.temperature 10000.0 --model.position-o"):
         load_file(build_model(config_of(extra_levels=1)), tmp_path / "detrex.pth", config_of(extra_levels=1))
 
 
