@@ -21,6 +21,7 @@ from engine import commands
 from engine.data.check import Check
 from engine.data.video import BrokenVideo, probe
 from engine.data.workers import damage, name_some, progress_bar, run_jobs, write_json
+from engine.files import read_text
 from engine.synthetic.write import STAMP, prepare_files
 
 ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
@@ -120,7 +121,7 @@ def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise
         raise FileNotFoundError(f"{folder}: no <Class>_val.txt and <Class>_test.txt; unpack the official annotations")
     for text in files:
         label = text.stem.rsplit("_", 1)[0]
-        for number, line in enumerate(text.read_text().splitlines(), start=1):
+        for number, line in enumerate(read_text(text, "unpack the official annotations again").splitlines(), start=1):
             if not line.strip() or label == "Ambiguous":
                 continue
             try:

@@ -21,6 +21,7 @@ from engine.data.archives import extract
 from engine.data.check import Check
 from engine.data.download import download, free_bytes
 from engine.data.workers import damaged_videos, name_some
+from engine.files import read_text
 from engine.synthetic.write import STAMP, prepare_files
 
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
@@ -118,7 +119,7 @@ def download_kinetics(
             print(f"  about {KINETICS_BYTES[split] >> 30} GiB; {free_bytes(root) >> 30} GiB are free at {root}")
             continue
         download(f"{mirror}/annotations/{split}.csv", root / f"{split}.csv")
-        urls = download(f"{mirror}/{split}/{listing}", root / listing).read_text().split()
+        urls = read_text(download(f"{mirror}/{split}/{listing}", root / listing), "remove it").split()
         targets = [(url, root / split) for url in urls]
         if split == "train":
             targets.append((f"{mirror}/replacement_for_corrupted_k400.tgz", root / "replacement"))

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from engine.files import require_file
+
 CHUNK = 1 << 20
 GIB = 1 << 30
 # A name and its attributes take hundreds of bytes; tarfile would read gigabytes of them into memory.
@@ -168,6 +170,7 @@ def _reading(archive: Path) -> Iterator[None]:
 
 def _members(archive: Path) -> Iterator[_Member]:
     """Each file and folder; anything else is refused."""
+    require_file(archive, "download it again")
     with _reading(archive):
         is_zip = zipfile.is_zipfile(archive)
     members = _zip_members(archive) if is_zip else _tar_members(archive)

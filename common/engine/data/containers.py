@@ -29,6 +29,7 @@ TRACK_ENTRY, TRACK_TYPE, VIDEO, PROJECTION, ROLL = 0xAE, 0x83, 0xE0, 0x7670, 0x7
 IN_SEGMENT = frozenset({0x114D9B74, 0x1549A966, TRACKS, CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367})
 IN_CLUSTER = frozenset({0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF})
 ANYWHERE = frozenset({0xEC, 0xBF})  # void, checksum
+BOM, LISTS = b"\xef\xbb\xbf", (b"#EXTM3U", b"ffconcat", b"v=0", b"<")  # how lists of other files begin
 MAX_CLUSTER = 1 << 26  # bytes of a cluster that is looked into
 # Elements that hold others and may be without a size, in files that were written as a stream.
 UNSIZED = frozenset({SEGMENT, CLUSTER})
@@ -40,6 +41,7 @@ class Structure(NamedTuple):
     cut: str | None  # what is missing or damaged, or None
     turn: Turn  # (a, b, c, d), each -1, 0 or 1: stored column x and row y are shown at (a x + c y, b x + d y)
     fragmented: bool = False  # an mp4 in pieces, each with its own times, as streaming has it
+    text: bool = False  # a list that names other files (m3u8, ffconcat, sdp, xml), or a page
 
 
 def look(path: Path | str) -> Structure:
@@ -47,7 +49,9 @@ def look(path: Path | str) -> Structure:
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        start = file.read(12)
+        start = file.read(1024)
+        if start.removeprefix(BOM).lstrip().startswith(LISTS):
+            return Structure(None, UPRIGHT, text=True)
         if start[4:8] in BOXES:
             return _look_mp4(file, size)
         if start[:4] == EBML.to_bytes(4):

@@ -31,7 +31,7 @@ from pathlib import Path
 from engine.data.archives import CHUNK, GIB, UnsafeArchive, extract
 from engine.data.content import check_content, is_page
 from engine.data.web import Answer, DownloadError, Slow, extent, validators
-from engine.files import publish, read_json, write_text
+from engine.files import publish, read_json, require_file, write_text
 
 __all__ = ["DownloadError", "UnsafeArchive", "download", "extract", "free_bytes", "remember"]
 
@@ -67,6 +67,8 @@ def download(
     path = Path(path)
     name = path.name if path.suffix else urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1]
     is_checked = sha256 is not None or md5 is not None
+    if path.exists():
+        require_file(path, "remove it, or choose another place")
     if path.is_file() and _mismatch(path, size, sha256, md5) is None and (is_checked or not _is_worthless(path, name)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,15 +106,17 @@ def remember(path: Path | str) -> str:
     the one remembered, or not what its name says.
     """
     path, note = Path(path), Path(f"{path}.sha256")
+    require_file(path, "download it again")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not note.is_file():
+    if not note.exists():
         try:
             check_content(path, path.name)
         except ValueError as error:
             raise DownloadError(f"{error}; remove it and download again") from error
         write_text(note, f"{found}  {path.name}\n")
         return found
+    require_file(note, f"remove it to accept the present {path.name}")
     known = note.read_bytes()[:64].decode("ascii", "replace")
     if not re.fullmatch("[0-9a-f]{64}", known):
         raise DownloadError(f"{note}: {known[:20]!r} is no sha256; remove it to accept the present {path.name}")

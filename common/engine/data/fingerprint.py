@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from engine.files import require_file
 from engine.settings import to_json
 
 DIGITS = 16
@@ -60,6 +61,7 @@ def _of_path(path: Path, *, whole: bool = True) -> str:
         inside = sorted(child for child in path.iterdir() if child.is_file())
         words = [f"{c.name} {_of_path(c) if whole else c.stat().st_size}" for c in inside]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()[:DIGITS]
+    require_file(path, "give a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 

@@ -3,26 +3,28 @@
     with progress_bar("writing", len(jobs)) as advance:
         results = run_jobs(write_clip, jobs, workers=2, on_done=advance)
 
-Not a scheduler: no retries, results in the order of the jobs, the first exception ends it.
+Not a scheduler: no retries, results in the order of the jobs; the first exception ends it, and so does a job that hangs
+(`busy.py`).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.command_line import USER_ERRORS, one_line
+from engine.data import busy
 from engine.data.video import BrokenVideo, probe, read_frames
 from engine.files import write_text
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Item = TypeVar("Item", covariant=True)
+_line: tuple[busy.Board, int] | None = None  # of this process, if it is a worker
 
 
 class Counted(Protocol[Item]):
@@ -41,24 +43,62 @@ def run_jobs(
     on_done: Callable[[], None] | None = None,
     chunk: int = 8,
 ) -> list[Result]:
-    """function(job) of each job, in order, in `workers` processes (1: in this one); on_done is called after each."""
-    results = []
+    """function(job) of each job, in order, in `workers` processes (1: in this one); on_done is called after each.
 
-    def collect(found: Iterator[Result]) -> None:
+    Raises what `function` raises, OSError where a worker dies, and TimeoutError naming a job that takes longer than
+    `busy.PATIENCE` without a sign of life.
+    """
+    results: list[Result] = []
+
+    def collect(found: Iterable[Result]) -> None:
         for result in found:
             results.append(result)
             if on_done is not None:
                 on_done()
 
     if workers <= 1:
-        collect(map(function, jobs))
-    else:  # spawned: forking after torch has started threads can deadlock
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            try:
-                collect(pool.map(partial(_told, function), jobs, chunksize=chunk))
-            except BrokenProcessPool as error:
-                done = f"after {len(results)} of {len(jobs)} jobs"
-                raise OSError(f"a worker process died {done}; was it killed for memory? use fewer workers") from error
+        for job in jobs:
+            with busy.limited(job):
+                result = function(job)
+            collect([result])
+        return results
+    board, context = busy.Board(workers), get_context("spawn")  # forking after torch has started threads can deadlock
+    lines = context.Value("i", 0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_line, initargs=(board, lines)) as pool:
+        starts = range(0, len(jobs), chunk)
+        parts = [pool.submit(_work, function, start, jobs[start : start + chunk]) for start in starts]
+        try:
+            watch = busy.Watch(board)
+            for part in parts:
+                while not wait([part], timeout=busy.INTERVAL).done:
+                    if hung := watch.look():
+                        busy.kill(hung)
+                        raise TimeoutError(busy.told([jobs[one.number] for one in hung], watch.patience))
+                collect(part.result())
+        except BrokenProcessPool as error:
+            done = f"after {len(results)} of {len(jobs)} jobs"
+            raise OSError(f"a worker process died {done}; was it killed for memory? use fewer workers") from error
+        finally:
+            for part in parts:
+                part.cancel()
+    return results
+
+
+def _take_line(board: busy.Board, lines: Any) -> None:
+    """In a worker that begins: the next free line of the board is its own."""
+    global _line
+    with lines.get_lock():
+        _line = board, lines.value % board.workers
+        lines.value += 1
+
+
+def _work(function: Callable[[Job], Result], start: int, jobs: Sequence[Job]) -> list[Result]:
+    """function(job) of each job in a worker; `start`: the number of the first."""
+    assert _line is not None, "workers begin with _take_line"
+    results = []
+    for number, job in enumerate(jobs, start):
+        with _line[0].at(_line[1], number):
+            results.append(_told(function, job))
     return results
 
 

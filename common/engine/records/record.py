@@ -127,7 +127,7 @@ def write_record(record: Record, folder: Path) -> Path:
     """Write `record.json` into a run folder, atomically and synced. ValueError for one without metrics."""
     if not record.metrics and record.status != "not run":
         raise ValueError(f"{folder}: the run of {record.row} has no metrics, so nothing is recorded of it")
-    for left in folder.glob(".record.json.*.tmp"):  # by processes that were killed
+    for left in folder.glob(".record.json.*.tmp*"):  # by processes that were killed
         left.unlink(missing_ok=True)
     return _write(folder / "record.json", asdict(record))
 

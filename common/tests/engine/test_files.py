@@ -33,7 +33,7 @@ def test_a_bad_json_file_is_one_line_with_its_name_and_the_remedy(kind, tmp_path
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     for path in (tmp_path / "a.json", tmp_path):
-        with pytest.raises(ValueError, match="not a file; write it anew"):
+        with pytest.raises(ValueError, match="not a regular file; write it anew"):
             read_json(path, "write it anew")
     with pytest.raises(FileNotFoundError, match="b.json: no such file; write it anew"):
         read_json(tmp_path / "b.json", "write it anew")
