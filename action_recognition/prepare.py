@@ -19,8 +19,9 @@ from action_recognition.synthetic import VIDEO_FOLDER, Synthetic, write_contact_
 from engine import commands
 from engine.data.archives import extract
 from engine.data.check import Check
+from engine.data.damage import damaged_videos
 from engine.data.download import download, free_bytes
-from engine.data.workers import damaged_videos, name_some
+from engine.data.workers import name_some
 from engine.files import read_text
 from engine.synthetic.write import STAMP, prepare_files
 
@@ -79,18 +80,20 @@ def check(arguments: Arguments) -> Check:
     counts, empty = {"classes": len(names)}, []
     problems: list[str] = []
     data = replace(data, num_classes=len(names))
-    for split in get_args(Subset):
-        source, entries, missing = find_videos(data, split)
+    found = {split: find_videos(data, split) for split in get_args(Subset)}
+    damaged: dict[str, str] = {}
+    if arguments.probe:
+        paths = [entry.path for _, entries, _ in found.values() for entry in entries]
+        damaged = damaged_videos(paths, workers=arguments.workers, title="decoding videos")
+    for split, (source, entries, missing) in found.items():
         counts[split] = len(entries) + len(missing)
         name_some(
             problems, missing, root / f"missing_{split}.txt", f"{source.name}: of {counts[split]} videos are missing"
         )
-        damaged: list[str] = []
+        unusable = [damaged[entry.path] for entry in entries if entry.path in damaged]
         if arguments.probe:
-            paths = [entry.path for entry in entries]
-            damaged = damaged_videos(paths, workers=arguments.workers, title=f"opening {split}")
-            name_some(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
-        if len(damaged) == len(entries):
+            name_some(problems, unusable, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
+        if len(unusable) == len(entries):
             empty.append(split)
     if data.kind == "ssv2":
         videos = root / VIDEO_FOLDER

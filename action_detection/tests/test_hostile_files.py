@@ -6,7 +6,7 @@ import pytest
 
 from action_detection.annotations import read_class_scores
 from action_detection.configs import Data
-from action_detection.data import read_annotations, read_window, window_starts
+from action_detection.data import Windows, read_annotations, read_window, window_starts
 from action_detection.metric import evaluate_files
 from action_detection.tests.toy_videos import DATABASE, annotate, entry
 from engine.data.video import BrokenVideo, write_frames
@@ -68,6 +68,10 @@ def test_a_duration_in_milliseconds_is_named_before_it_makes_windows(tmp_path):
         read_annotations(Data(root=tmp_path, num_classes=2))
     with pytest.raises(ValueError, match="too many; is it in milliseconds"):
         window_starts(Data(kind="thumos", windows="sliding"), 1e8)
+    annotate(tmp_path, DATABASE | {"x": entry(80_000.0, "validation", ("run", 0.0, 1.0))})
+    data = Data(root=tmp_path, num_classes=2, windows="sliding", num_times=8, fps=30.0)
+    with pytest.raises(ValueError, match=r"activity_net.*json: video x, of 80000 seconds, has \d+ windows, too"):
+        Windows(data, read_annotations(data).videos, {"x": "x.mp4"}, train=False)
 
 
 def test_a_duration_a_hundred_times_that_of_the_file_is_named(tmp_path):
@@ -75,7 +79,7 @@ def test_a_duration_a_hundred_times_that_of_the_file_is_named(tmp_path):
 
     write_frames(tmp_path / "a.mp4", np.zeros((20, 32, 32, 3), np.uint8), 10)
     video = next(iter(read_annotations(_data_of(tmp_path, 2000.0)).videos.values()))
-    with pytest.raises(BrokenVideo, match=r"a.mp4: lasts 2 seconds, annotated are 2e\+03; annotate in seconds"):
+    with pytest.raises(BrokenVideo, match=r"a.mp4: lasts 2 seconds, annotated are 2000; annotate in seconds"):
         read_window(Data(), str(tmp_path / "a.mp4"), video, 0, None)
 
 

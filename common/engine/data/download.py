@@ -7,6 +7,7 @@ For shell scripts, without starting more than the standard library:
 
     python common/engine/data/download.py fetch URL FILE            # download and remember
     python common/engine/data/download.py extract ARCHIVE FOLDER [MAX_GIB]
+    python common/engine/data/download.py extract-pieces FOLDER PIECE ...      # of one archive that was cut
 
 What stands at `path` is complete and checked; what is on its way is `<path>.part`, and `<path>.part.source` says of
 which version of the file. Not a mirror tool, no parallel transfers. Unpacking is in archives.py.
@@ -33,6 +34,7 @@ from engine.data.content import check_content, is_page
 from engine.data.web import Answer, DownloadError, Slow, extent, validators
 from engine.files import publish, read_json, require_file, write_text
 
+USAGE = "fetch URL FILE | extract ARCHIVE FOLDER [MAX_GIB] | extract-pieces FOLDER PIECE ..."
 __all__ = ["DownloadError", "UnsafeArchive", "download", "extract", "free_bytes", "remember"]
 
 
@@ -348,11 +350,13 @@ def main(words: list[str]) -> None:
         match words:
             case ["fetch", url, file]:
                 print(f"{file}: sha256 {remember(download(url, file))}")
+            case ["extract-pieces", folder, first, *further]:
+                print(f"{first}: {len(extract(first, folder, further=further))} files unpacked in {folder}")
             case ["extract", archive, folder, *limit]:
                 gib = int(limit[0]) if limit else 64
                 print(f"{archive}: {len(extract(archive, folder, max_bytes=gib * GIB))} files unpacked in {folder}")
             case _:
-                sys.exit("usage: download.py fetch URL FILE | extract ARCHIVE FOLDER [MAX_GIB]")
+                sys.exit(f"usage: download.py {USAGE}")
     except (DownloadError, ValueError, OSError) as error:
         sys.exit(f"download: {error}")
 

@@ -105,6 +105,8 @@ def _walk_stream(
             time = packet.pts if packet.pts is not None else packet.dts
             if time is None:
                 time = len(times)
+            if codec in ("vp8", "vp9") and times and time < times[-1]:  # they have no other order than the file's
+                raise BrokenVideo(path, f"is damaged: frame {len(times)} is to be shown before the one before it")
             timed &= packet.pts is not None
             if packet.is_keyframe:
                 afresh, size = _key_frame(packet, codec)

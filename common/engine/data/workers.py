@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from engine.command_line import USER_ERRORS, one_line
 from engine.data import busy
-from engine.data.video import BrokenVideo, probe, read_frames
+from engine.data.packets import BrokenVideo
 from engine.files import write_text
 
 Job = TypeVar("Job")
@@ -137,12 +137,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def damaged_videos(paths: Sequence[str], *, workers: int, title: str) -> list[str]:
-    """What is wrong with each unusable file, one sentence each; see `damage`."""
-    with progress_bar(title, len(paths)) as advance:
-        return [line for line in run_jobs(damage, paths, workers=workers, on_done=advance, chunk=32) if line]
-
-
 def name_some(problems: list[str], names: Sequence[str], file: Path | None, what: str) -> None:
     """Add one sentence with the first 20 names; all of them go to `file`, which is removed when there are none."""
     if not names:
@@ -155,12 +149,3 @@ def name_some(problems: list[str], names: Sequence[str], file: Path | None, what
         where = f" (full list: {file})"
     first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     problems.append(f"{len(names)} {what}{where}: {first}")
-
-
-def damage(path: str) -> str:
-    """What is wrong with a video file, or nothing: all packets are walked, the last frame is decoded."""
-    try:
-        read_frames(path, [probe(path).num_frames - 1])
-    except (BrokenVideo, OSError) as error:
-        return str(error)
-    return ""

@@ -6,6 +6,7 @@ import pytest
 from toy_video import NUM_FRAMES, numbered_frames, numbers, write
 
 from engine.data import video
+from engine.data.damage import damage
 from engine.data.packets import walk
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
 
@@ -32,6 +33,7 @@ def test_frame_numbers_are_right_in_any_order_and_codec(kind, tmp_path):
     rng = np.random.default_rng(1)
     assert probe(path).num_frames == NUM_FRAMES
     assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES))
+    assert damage(str(path)) == ""
     for indices in (rng.integers(0, NUM_FRAMES, 6), [NUM_FRAMES - 1], [37, 3, 3, 20], rng.permutation(NUM_FRAMES)):
         assert numbers(read_frames(path, indices)) == list(indices)
 
