@@ -30,7 +30,12 @@ from engine.training.optimization import build_optimizer, set_learning_rate
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("action_detection", "vos", "action_recognition", "pointcloud", "detection")
 TASKS = [*(name for name in NAMES if (ROOT / name / "configs.py").exists()), "toy_task"]
-TINY = {"action_detection": "untrimmed_tiny", "action_recognition": "motion_tiny", "toy_task": "toy_vit"}
+TINY = {
+    "action_detection": "untrimmed_tiny",
+    "action_recognition": "motion_tiny",
+    "pointcloud": "rooms_tiny",
+    "toy_task": "toy_vit",
+}
 PROTOCOLS = {"data": task.DataFile, "model": task.ModelFile, "evaluate": task.EvaluateFile}
 # What the sums of a batch in two orders may differ by, relative to the gradient.
 SPLIT_TOLERANCE = 1e-5
