@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_detection.annotations import LABELS, Annotations, Video, read_blocked, read_database
+from action_detection.annotations import LABELS, Annotations, Video, read_blocked, read_database, warn_of_unknown
 from action_detection.configs import Config, Data
 from engine.config import Split
 from engine.data import transforms
@@ -68,6 +68,7 @@ def read_annotations(data: Data) -> Annotations:
     indices, videos, odd = {name: i for i, name in enumerate(names)}, {}, []
     taken = {data.train_subset: 0, data.test_subset: 0}
     blocked = set() if data.blocked is None else read_blocked(data.blocked)
+    warn_of_unknown(blocked, database, file)
     for name, entry in database.items():
         subset = entry["subset"]
         if name in blocked or subset not in taken or (data.num_videos is not None and taken[subset] == data.num_videos):

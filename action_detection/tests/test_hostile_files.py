@@ -32,6 +32,26 @@ def test_predictions_for_other_videos_only_are_an_error_and_not_zero(files):
     assert evaluate_files(*files)["average_mAP"] == 1
 
 
+def test_predictions_for_some_other_videos_are_counted_in_a_warning(files):
+    content = json.loads(predictions("a"))
+    content["results"] |= {f"v_{k}": [] for k in range(7)}
+    files[1].write_text(json.dumps(content))
+    said = r"predictions.json: 7 of its 8 videos are not in the subset 'validation' of .*truth.json: v_0, .*, v_4, ...;"
+    with pytest.warns(UserWarning, match=said):
+        assert evaluate_files(*files)["average_mAP"] == 1
+
+
+def test_blocked_videos_that_nobody_knows_are_counted_in_a_warning(files, tmp_path):
+    files[1].write_text(predictions("a"))
+    with pytest.warns(UserWarning, match="truth.json: has not 1 of the 2 blocked videos: v_b"):
+        evaluate_files(*files, blocked=["b", "v_b"])
+    annotate(tmp_path, DATABASE)
+    (tmp_path / "blocked.json").write_text('["a", "v_c"]')
+    with pytest.warns(UserWarning, match="activity_net.*json: has not 1 of the 2 blocked videos: v_c"):
+        found = read_annotations(Data(root=tmp_path, num_classes=2, blocked=tmp_path / "blocked.json"))
+    assert "a" not in found.videos and "c" in found.videos
+
+
 def test_predictions_that_name_a_video_twice_are_refused(files):
     files[1].write_text(predictions("a")[:-2] + ", " + predictions("a")[len('{"results": {') :])
     with pytest.raises(ValueError, match="predictions.json: .*'a' is listed twice"):
