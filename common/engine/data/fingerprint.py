@@ -67,7 +67,7 @@ def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
         if any(part.isdecimal() for part in name.split(".")):
             value = tensors[name].detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 
 

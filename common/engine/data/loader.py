@@ -29,6 +29,7 @@ from engine.task import KeyedDataset
 
 Row = TypeVar("Row")
 Key = tuple[int, int]
+MAX_WORKERS = 1024  # processes of one loader; more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def build_loader(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if len(dataset) == 0:
         raise ValueError(f"the {'training' if train else 'validation'} set is empty; check the data folder (prepare)")
+    if num_workers > MAX_WORKERS:
+        raise ValueError(f"--run.num-workers {num_workers}: at most {MAX_WORKERS}; a few per device are enough")
     board = busy.Board(num_workers)
     kind = partial(Watched, board=board, timeout=busy.INTERVAL) if num_workers else DataLoader
     return kind(

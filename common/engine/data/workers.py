@@ -56,6 +56,7 @@ def run_jobs(
             if on_done is not None:
                 on_done()
 
+    workers = min(workers, max(-(-len(jobs) // chunk), 2))  # more would be idle
     if workers <= 1:
         for job in jobs:
             with busy.limited(job):
