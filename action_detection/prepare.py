@@ -19,6 +19,7 @@ from action_detection.data import VIDEO_FOLDER, annotation_file, check_duration,
 from action_detection.synthetic import Synthetic, write_contact_sheet, write_dataset
 from engine import commands
 from engine.data.check import Check
+from engine.data.checksums import differing
 from engine.data.damage import sound
 from engine.data.video import BrokenVideo, probe
 from engine.data.workers import name_some, progress_bar, run_jobs, write_json
@@ -45,6 +46,7 @@ class Arguments(commands.Preparation):
     class_scores: Path | None = None  # also check this file of an outside classifier's scores
     blocked: Path | None = None  # JSON list of videos to leave out, as in `Data`
     thumos_annotations: Path | None = None  # folder of the official text files: make thumos_14_anno.json of them
+    checksums: Path | None = None  # with --probe: a list of sha256 to compare the files with; written if not there
 
 
 def place(arguments: Arguments) -> Path:
@@ -62,6 +64,8 @@ def check(arguments: Arguments) -> Check:
         written = write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)
         print(f"{written}: written")
     assert arguments.kind is not None, "preparation checks a layout that was named"
+    if arguments.checksums is not None and not arguments.probe:
+        raise ValueError("--checksums: the files are read with --probe; give that too")
     data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
     file = annotation_file(data)
     data = replace(data, num_classes=len(read_database(file)[0]))
@@ -70,7 +74,9 @@ def check(arguments: Arguments) -> Check:
         warnings.simplefilter("always")
         annotations = read_annotations(data)
     problems += [str(warning.message) for warning in caught]
-    looks = _look_at_all(data, annotations, arguments.workers) if arguments.probe else {}
+    looks = {}
+    if arguments.probe:
+        looks = _look_at_all(data, annotations, arguments.workers, arguments.checksums)
     for subset in (data.train_subset, data.test_subset):
         videos = {name: video for name, video in annotations.videos.items() if video.subset == subset}
         counts[subset] = len(videos)
@@ -181,14 +187,19 @@ class _Look(NamedTuple):
     unusable: bool
 
 
-def _look_at_all(data: Data, annotations: Annotations, workers: int) -> dict[str, _Look]:
+def _look_at_all(data: Data, annotations: Annotations, workers: int, checksums: Path | None) -> dict[str, _Look]:
     """Decode the files of both subsets, by path."""
     names = [n for n, video in annotations.videos.items() if video.subset in (data.train_subset, data.test_subset)]
     paths, _ = find_files(data, names)
     jobs = [(path, annotations.videos[name].duration) for name, path in paths.items()]
     with progress_bar("decoding videos", len(jobs)) as advance:
         found = run_jobs(_look, jobs, workers=workers, on_done=advance, chunk=16)
-    return dict(zip(paths.values(), found, strict=True))
+    looks = dict(zip(paths.values(), found, strict=True))
+    if checksums is not None:
+        sound = [path for path, look in looks.items() if not look.unusable]
+        others = differing(checksums, Path(data.root), sound, workers=workers)
+        looks |= {path: _Look(line, True) for path, line in others.items()}
+    return looks
 
 
 def _look(job: tuple[str, float]) -> _Look:

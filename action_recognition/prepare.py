@@ -19,6 +19,7 @@ from action_recognition.synthetic import VIDEO_FOLDER, Synthetic, write_contact_
 from engine import commands
 from engine.data.archives import extract
 from engine.data.check import Check
+from engine.data.checksums import differing
 from engine.data.damage import damaged_videos
 from engine.data.download import download, free_bytes
 from engine.data.workers import name_some
@@ -46,6 +47,7 @@ class Arguments(commands.Preparation):
     synthetic: Synthetic = field(default_factory=Synthetic)  # with a preset: what to write
     mirror: str = KINETICS_MIRROR
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")  # of Kinetics-400 to download
+    checksums: Path | None = None  # with --probe: a list of sha256 to compare the files with; written if not there
 
 
 def place(arguments: Arguments) -> Path:
@@ -72,6 +74,8 @@ def check(arguments: Arguments) -> Check:
     """
     root = place(arguments)
     assert arguments.kind is not None, "preparation checks a layout that was named"
+    if arguments.checksums is not None and not arguments.probe:
+        raise ValueError("--checksums: the files are read with --probe; give that too")
     data = Data(kind=arguments.kind, root=root)
     try:
         _, names = read_class_names(data)
@@ -85,6 +89,9 @@ def check(arguments: Arguments) -> Check:
     if arguments.probe:
         paths = [entry.path for _, entries, _ in found.values() for entry in entries]
         damaged = damaged_videos(paths, workers=arguments.workers, title="decoding videos")
+        if arguments.checksums is not None:
+            sound = [path for path in paths if path not in damaged]
+            damaged |= differing(arguments.checksums, root, sound, workers=arguments.workers)
     for split, (source, entries, missing) in found.items():
         counts[split] = len(entries) + len(missing)
         name_some(
