@@ -9,6 +9,8 @@ in data.py).
 
 import hashlib
 import math
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +73,13 @@ def read_blocked(file: Path) -> set[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{file}: is not a JSON list of video names")
     return set(names)
+
+
+def warn_of_unknown(blocked: Collection[str], database: Collection[str], file: Path) -> None:
+    """Say how many names of videos to leave out an annotation file does not have, as those with another prefix."""
+    if unknown := sorted(set(blocked) - set(database)):
+        names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        warnings.warn(f"{file}: has not {len(unknown)} of the {len(blocked)} blocked videos: {names}", stacklevel=3)
 
 
 def read_class_scores(

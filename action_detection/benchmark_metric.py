@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from action_detection.metric import ACTIVITYNET_TIOU, Rows, evaluate_rows, read_ground_truth, read_predictions
+from engine.files import write_text
 from engine.records.provenance import commit, versions
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         "versions": versions(),
     }
     path = arguments.results / "detection_metric.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
     print(path)
 
 
@@ -158,8 +159,8 @@ def write_files(folder: Path, num_videos: int, num_predictions: int) -> tuple[Pa
             for i in range(num_predictions)
         ]
     ground_truth, predictions = folder / "ground_truth.json", folder / "predictions.json"
-    ground_truth.write_text(json.dumps({"version": "made up", "taxonomy": [], "database": database}))
-    predictions.write_text(json.dumps({"version": "made up", "results": results, "external_data": {}}))
+    write_text(ground_truth, json.dumps({"version": "made up", "taxonomy": [], "database": database}))
+    write_text(predictions, json.dumps({"version": "made up", "results": results, "external_data": {}}))
     return ground_truth, predictions
 
 

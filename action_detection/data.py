@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_detection.annotations import LABELS, Annotations, Video, read_blocked, read_database
+from action_detection.annotations import LABELS, Annotations, Video, read_blocked, read_database, warn_of_unknown
 from action_detection.configs import Config, Data
 from engine.config import Split
 from engine.data import transforms
@@ -68,6 +68,7 @@ def read_annotations(data: Data) -> Annotations:
     indices, videos, odd = {name: i for i, name in enumerate(names)}, {}, []
     taken = {data.train_subset: 0, data.test_subset: 0}
     blocked = set() if data.blocked is None else read_blocked(data.blocked)
+    warn_of_unknown(blocked, database, file)
     for name, entry in database.items():
         subset = entry["subset"]
         if name in blocked or subset not in taken or (data.num_videos is not None and taken[subset] == data.num_videos):
@@ -126,7 +127,7 @@ class Windows:
         self.items = [
             (i, number)
             for i, name in enumerate(self.names)
-            for number in range(1 if train else len(window_starts(data, videos[name].duration)))
+            for number in range(1 if train else len(window_starts(data, videos[name].duration, name)))
         ]
 
     def files(self) -> Files:
@@ -160,17 +161,18 @@ def window_seconds(data: Data, duration: float) -> float:
     return duration if data.windows == "whole" else data.num_frames / data.fps
 
 
-def window_starts(data: Data, duration: float) -> list[float]:
+def window_starts(data: Data, duration: float, name: str = "") -> list[float]:
     """Where the windows of a test video begin, in seconds. The last one is moved back so that it ends with the video.
 
-    A video not longer than a window has one, padded.
+    A video not longer than a window has one, padded. ValueError, with its name, for one of which there are too many.
     """
     length = window_seconds(data, duration)
     stride = length * (1 - data.overlap)
     last = max(duration - length, 0.0)
     count = math.ceil(last / stride - 1e-6)
     if count > MAX_WINDOWS:
-        raise ValueError(f"a video of {duration:g} seconds has {count} windows, too many; is it in milliseconds?")
+        what = f"{annotation_file(data)}: video {name}, of {duration:g} seconds, has {count} windows"
+        raise ValueError(f"{what}, too many; is it in milliseconds?")
     return [i * stride for i in range(count)] + [last]
 
 
@@ -199,9 +201,7 @@ def read_window(
     """
     cache = cache or FrameCache(0)
     info = cache.probe(path)
-    if video.duration > MAX_RATIO * info.seconds:
-        problem = f"lasts {info.seconds:.3g} seconds, annotated are {video.duration:.3g}"
-        raise BrokenVideo(path, problem, "annotate in seconds, or download it again")
+    check_duration(path, video.duration, info.seconds)
     rng = None if sample_seed is None else np.random.default_rng([sample_seed, 0])
     start = random_start(data, video, rng) if rng is not None else window_starts(data, video.duration)[number]
     length = window_seconds(data, info.seconds)
@@ -226,6 +226,13 @@ def read_window(
         "seconds_per_time": seconds_per_time,
         "duration": video.duration,
     }
+
+
+def check_duration(path: str, annotated: float, seconds: float) -> None:
+    """BrokenVideo for a video that lasts far less than annotated, as one does of which that is in milliseconds."""
+    if annotated > MAX_RATIO * seconds:
+        problem = f"lasts {seconds:.3g} seconds, annotated are {annotated:.6g}"
+        raise BrokenVideo(path, problem, "annotate in seconds, or download it again")
 
 
 def visible_instances(video: Video, start: float, length: float, min_overlap: float) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ Not here: suppression (`ops.py`), networks (`evaluate.py`).
 """
 
 import math
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from action_detection.annotations import LABELS, NOT_CLASSES
+from action_detection.annotations import LABELS, NOT_CLASSES, warn_of_unknown
 from action_detection.ops import segment_iou
 from engine.files import read_json, read_text
 
@@ -71,7 +72,8 @@ def evaluate_files(
     ground_truth: JSON {"database": {id: {"subset", "annotations": [{"label", "segment": [start, end]}]}}};
     predictions: JSON {"results": {id: [{"label", "score", "segment"}]}}, other keys are not looked at. Raises
     FileNotFoundError, or ValueError naming file and entry: no JSON, a key missing, a score or boundary that is no
-    finite number, an end before its start, an unknown label, a subset without ground truth, no video in common.
+    finite number, an end before its start, an unknown label, a subset without ground truth, no video in common. Warns
+    with their number of predicted videos that the subset does not have, and of blocked ones that the file does not.
     """
     truth, known = read_ground_truth(Path(ground_truth), subset, drop_duplicates=drop_duplicates, blocked=blocked)
     predicted = read_predictions(Path(predictions), known, blocked=blocked)
@@ -81,6 +83,10 @@ def evaluate_files(
             f"{predictions}: none of its {len(predicted.names)} videos (the first is {own!r}) is in the subset "
             f"{subset!r} of {ground_truth} (the first is {other!r}); give the right subset, or name the videos alike"
         )
+    if others := sorted(set(predicted.names) - set(truth.names)):
+        some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        where = f"{len(others)} of its {len(predicted.names)} videos are not in the subset {subset!r} of {ground_truth}"
+        warnings.warn(f"{predictions}: {where}: {some}; what is predicted for them counts as false", stacklevel=2)
     return evaluate_rows(truth, predicted, tiou)
 
 
@@ -162,6 +168,7 @@ def read_ground_truth(
         subsets.add(_member(entry, "subset", str, where))
         if entry["subset"] == subset and name not in blocked:
             own[name] = [row for row in annotations if row["label"] not in NOT_CLASSES]
+    warn_of_unknown(blocked, content["database"], path)
     if "taxonomy" in content:
         nodes = _member(content, "taxonomy", list, str(path))
         known.update(_member(node, "nodeName", str, f"{path}: taxonomy") for node in nodes)

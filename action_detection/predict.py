@@ -24,6 +24,7 @@ from engine import commands
 from engine.data.loader import to_device
 from engine.data.video import VideoInfo, probe, read_frames, write_frames
 from engine.data.workers import tracked
+from engine.files import appearing
 from engine.settings import Share
 from engine.task import Model
 from engine.training.finetuning import autocast
@@ -164,7 +165,8 @@ def draw_timeline(
         panel.spines[["top", "right", "left"]].set_visible(False)
     axes[-1].set_xlim(0, info.seconds)
     axes[-1].set_xlabel("seconds", fontsize=8)
-    figure.savefig(path)
+    with appearing(path) as temporary:
+        figure.savefig(temporary)
 
 
 def _draw_lane(

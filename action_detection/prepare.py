@@ -11,16 +11,19 @@ if each subset has a video that can be used. scripts/download_activitynet.sh and
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from action_detection.annotations import read_class_scores, read_database
+from action_detection.annotations import Annotations, read_class_scores, read_database
 from action_detection.configs import ROWS, Data
-from action_detection.data import VIDEO_FOLDER, annotation_file, find_files, read_annotations
+from action_detection.data import VIDEO_FOLDER, annotation_file, check_duration, find_files, read_annotations
 from action_detection.synthetic import Synthetic, write_contact_sheet, write_dataset
 from engine import commands
 from engine.data.check import Check
+from engine.data.checksums import differing
+from engine.data.damage import sound
 from engine.data.video import BrokenVideo, probe
-from engine.data.workers import damage, name_some, progress_bar, run_jobs, write_json
+from engine.data.workers import name_some, progress_bar, run_jobs, write_json
+from engine.files import read_text
 from engine.synthetic.write import STAMP, prepare_files
 
 ROOTS = {"activitynet": Path("data/activitynet"), "thumos": Path("data/thumos14")}
@@ -43,6 +46,7 @@ class Arguments(commands.Preparation):
     class_scores: Path | None = None  # also check this file of an outside classifier's scores
     blocked: Path | None = None  # JSON list of videos to leave out, as in `Data`
     thumos_annotations: Path | None = None  # folder of the official text files: make thumos_14_anno.json of them
+    checksums: Path | None = None  # with --probe: a list of sha256 to compare the files with; written if not there
 
 
 def place(arguments: Arguments) -> Path:
@@ -60,6 +64,8 @@ def check(arguments: Arguments) -> Check:
         written = write_thumos_annotations(arguments.thumos_annotations, root, arguments.on_broken)
         print(f"{written}: written")
     assert arguments.kind is not None, "preparation checks a layout that was named"
+    if arguments.checksums is not None and not arguments.probe:
+        raise ValueError("--checksums: the files are read with --probe; give that too")
     data = Data(kind=arguments.kind, root=root, blocked=arguments.blocked, on_broken=arguments.on_broken)
     file = annotation_file(data)
     data = replace(data, num_classes=len(read_database(file)[0]))
@@ -68,6 +74,9 @@ def check(arguments: Arguments) -> Check:
         warnings.simplefilter("always")
         annotations = read_annotations(data)
     problems += [str(warning.message) for warning in caught]
+    looks = {}
+    if arguments.probe:
+        looks = _look_at_all(data, annotations, arguments.workers, arguments.checksums)
     for subset in (data.train_subset, data.test_subset):
         videos = {name: video for name, video in annotations.videos.items() if video.subset == subset}
         counts[subset] = len(videos)
@@ -81,13 +90,12 @@ def check(arguments: Arguments) -> Check:
         name_some(problems, missing, out["missing"], f"of {len(videos)} {subset} videos are missing")
         unusable = 0
         if arguments.probe:
-            jobs = [(path, videos[name].duration) for name, path in paths.items()]
-            with progress_bar(f"opening {subset}", len(jobs)) as advance:
-                found = run_jobs(_look, jobs, workers=arguments.workers, on_done=advance, chunk=32)
-            damaged = [line for line, bad in found if bad]
+            found = [looks[path] for path in paths.values()]
+            damaged = [look.problem for look in found if look.unusable]
             unusable = len(damaged)
             name_some(problems, damaged, out["damaged"], f"{subset} files are damaged")
-            name_some(problems, [line for line, bad in found if line and not bad], None, f"{subset} durations are off")
+            off = [look.problem for look in found if look.problem and not look.unusable]
+            name_some(problems, off, None, f"{subset} durations are off")
         if len(paths) == unusable:
             empty.append(subset)
         without = [name for name, video in videos.items() if not len(video.labels)]
@@ -120,7 +128,7 @@ def write_thumos_annotations(folder: Path, root: Path, on_broken: Literal["raise
         raise FileNotFoundError(f"{folder}: no <Class>_val.txt and <Class>_test.txt; unpack the official annotations")
     for text in files:
         label = text.stem.rsplit("_", 1)[0]
-        for number, line in enumerate(text.read_text().splitlines(), start=1):
+        for number, line in enumerate(read_text(text, "unpack the official annotations again").splitlines(), start=1):
             if not line.strip() or label == "Ambiguous":
                 continue
             try:
@@ -172,14 +180,37 @@ def write_synthetic(arguments: Arguments) -> None:
         write_contact_sheet(arguments.sheet, synthetic)
 
 
-def _look(job: tuple[str, float]) -> tuple[str, bool]:
+class _Look(NamedTuple):
     """What is odd about a file, or nothing, and whether it cannot be used."""
+
+    problem: str
+    unusable: bool
+
+
+def _look_at_all(data: Data, annotations: Annotations, workers: int, checksums: Path | None) -> dict[str, _Look]:
+    """Decode the files of both subsets, by path."""
+    names = [n for n, video in annotations.videos.items() if video.subset in (data.train_subset, data.test_subset)]
+    paths, _ = find_files(data, names)
+    jobs = [(path, annotations.videos[name].duration) for name, path in paths.items()]
+    with progress_bar("decoding videos", len(jobs)) as advance:
+        found = run_jobs(_look, jobs, workers=workers, on_done=advance, chunk=16)
+    looks = dict(zip(paths.values(), found, strict=True))
+    if checksums is not None:
+        sound = [path for path, look in looks.items() if not look.unusable]
+        others = differing(checksums, Path(data.root), sound, workers=workers)
+        looks |= {path: _Look(line, True) for path, line in others.items()}
+    return looks
+
+
+def _look(job: tuple[str, float]) -> _Look:
     path, duration = job
-    if sentence := damage(path):
-        return sentence, True
-    seconds = probe(path).seconds
+    try:
+        seconds = sound(path).seconds
+        check_duration(path, duration, seconds)
+    except (BrokenVideo, OSError) as error:
+        return _Look(str(error), True)
     off = abs(seconds - duration) > SECONDS_OFF
-    return (f"{path}: lasts {seconds:.1f} s, annotated are {duration:.1f} s" if off else ""), False
+    return _Look(f"{path}: lasts {seconds:.1f} s, annotated are {duration:.1f} s" if off else "", False)
 
 
 def _repeated(videos: dict) -> list[str]:

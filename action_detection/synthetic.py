@@ -19,6 +19,7 @@ from PIL import Image
 from action_detection.annotations import LABELS
 from engine.data.video import write_video
 from engine.data.workers import write_json
+from engine.files import write_text
 from engine.synthetic.motion import MOTIONS, Track, draw_track, halve_again, place_object, smooth_curve
 from engine.synthetic.sprites import Group, draw_background, draw_object, objects_of
 from engine.synthetic.write import write_files
@@ -112,7 +113,7 @@ def write_dataset(
     jobs = [(synthetic, *video, path) for video, path in zip(synthetic.videos(), paths, strict=True)]
 
     def finish(entries: list[dict]) -> None:
-        (root / LABELS).write_text("".join(f"{motion}\n" for motion in MOTIONS))
+        write_text(root / LABELS, "".join(f"{motion}\n" for motion in MOTIONS))
         write_json(
             root / ANNOTATIONS,
             {

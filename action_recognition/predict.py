@@ -18,6 +18,7 @@ from action_recognition.data import class_names, clip_indices, read_clip
 from action_recognition.head import merge_views
 from engine import commands
 from engine.data.video import probe, read_frames, write_video
+from engine.files import appearing
 from engine.task import Model
 from engine.training.finetuning import autocast
 from engine.visual import DARK, LIGHT, annotated_copy, draw_bar, even_size, resized
@@ -43,7 +44,8 @@ def predict(config: Config, model: Model, arguments: commands.Prediction) -> tup
     output.mkdir(parents=True, exist_ok=True)
     sheet, annotated = output / f"{video.stem}.png", annotated_copy(video, output)
     seen = read_frames(video, clip_indices(config.data, info, None))
-    draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(sheet)
+    with appearing(sheet) as temporary:
+        draw_contact_sheet(seen, top, title=f"{video.name}, {config.row}").save(temporary)
     frames = read_frames(video, np.arange(info.num_frames))
     write_video(annotated, annotate(frames, top), info.fps)
     return sheet, annotated

@@ -19,8 +19,11 @@ from action_recognition.synthetic import VIDEO_FOLDER, Synthetic, write_contact_
 from engine import commands
 from engine.data.archives import extract
 from engine.data.check import Check
+from engine.data.checksums import differing
+from engine.data.damage import damaged_videos
 from engine.data.download import download, free_bytes
-from engine.data.workers import damaged_videos, name_some
+from engine.data.workers import name_some
+from engine.files import read_text
 from engine.synthetic.write import STAMP, prepare_files
 
 KINETICS_MIRROR = "https://s3.amazonaws.com/kinetics/400"  # of the Common Visual Data Foundation
@@ -44,6 +47,7 @@ class Arguments(commands.Preparation):
     synthetic: Synthetic = field(default_factory=Synthetic)  # with a preset: what to write
     mirror: str = KINETICS_MIRROR
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")  # of Kinetics-400 to download
+    checksums: Path | None = None  # with --probe: a list of sha256 to compare the files with; written if not there
 
 
 def place(arguments: Arguments) -> Path:
@@ -70,6 +74,8 @@ def check(arguments: Arguments) -> Check:
     """
     root = place(arguments)
     assert arguments.kind is not None, "preparation checks a layout that was named"
+    if arguments.checksums is not None and not arguments.probe:
+        raise ValueError("--checksums: the files are read with --probe; give that too")
     data = Data(kind=arguments.kind, root=root)
     try:
         _, names = read_class_names(data)
@@ -78,18 +84,23 @@ def check(arguments: Arguments) -> Check:
     counts, empty = {"classes": len(names)}, []
     problems: list[str] = []
     data = replace(data, num_classes=len(names))
-    for split in get_args(Subset):
-        source, entries, missing = find_videos(data, split)
+    found = {split: find_videos(data, split) for split in get_args(Subset)}
+    damaged: dict[str, str] = {}
+    if arguments.probe:
+        paths = [entry.path for _, entries, _ in found.values() for entry in entries]
+        damaged = damaged_videos(paths, workers=arguments.workers, title="decoding videos")
+        if arguments.checksums is not None:
+            sound = [path for path in paths if path not in damaged]
+            damaged |= differing(arguments.checksums, root, sound, workers=arguments.workers)
+    for split, (source, entries, missing) in found.items():
         counts[split] = len(entries) + len(missing)
         name_some(
             problems, missing, root / f"missing_{split}.txt", f"{source.name}: of {counts[split]} videos are missing"
         )
-        damaged: list[str] = []
+        unusable = [damaged[entry.path] for entry in entries if entry.path in damaged]
         if arguments.probe:
-            paths = [entry.path for entry in entries]
-            damaged = damaged_videos(paths, workers=arguments.workers, title=f"opening {split}")
-            name_some(problems, damaged, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
-        if len(damaged) == len(entries):
+            name_some(problems, unusable, root / f"damaged_{split}.txt", f"{source.name}: files are damaged")
+        if len(unusable) == len(entries):
             empty.append(split)
     if data.kind == "ssv2":
         videos = root / VIDEO_FOLDER
@@ -118,7 +129,7 @@ def download_kinetics(
             print(f"  about {KINETICS_BYTES[split] >> 30} GiB; {free_bytes(root) >> 30} GiB are free at {root}")
             continue
         download(f"{mirror}/annotations/{split}.csv", root / f"{split}.csv")
-        urls = download(f"{mirror}/{split}/{listing}", root / listing).read_text().split()
+        urls = read_text(download(f"{mirror}/{split}/{listing}", root / listing), "remove it").split()
         targets = [(url, root / split) for url in urls]
         if split == "train":
             targets.append((f"{mirror}/replacement_for_corrupted_k400.tgz", root / "replacement"))

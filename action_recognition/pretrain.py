@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from action_recognition.configs import TINY_WEIGHTS, motion_tiny
 from action_recognition.head import GridHead
 from engine.backbones.video_vit import VideoViT, build_tiny_vit
+from engine.files import appearing
 from engine.synthetic.clips import draw_clips, whiten_embedding
 from engine.weights import write_tensors
 
@@ -86,7 +87,8 @@ def main() -> None:
             print(f"{time.perf_counter() - start:4.0f} s  step {step}  {losses}", flush=True)
             sums.zero_()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors({name: value.half() for name, value in backbone.state_dict().items()}, arguments.output)
+    with appearing(arguments.output) as temporary:
+        write_tensors({name: value.half() for name, value in backbone.state_dict().items()}, temporary)
     print(f"{arguments.output}: {arguments.steps * BATCH} clips, {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 

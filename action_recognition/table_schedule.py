@@ -19,6 +19,7 @@ from pathlib import Path
 from action_recognition.configs import ROWS, SETTINGS
 from dr2net.exact import rational, remainder_bits
 from engine.config import Finetuning
+from engine.files import appearing, write_text
 from engine.records.record import Record, read_records
 from engine.records.tables import DASH, Line, markdown_table, mebibytes, summarise
 from engine.rows import find_row, run_rows
@@ -199,7 +200,8 @@ def draw(found: list[tuple[Line, Finetuning]], path: Path) -> None:
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, numpoints=1)
-    figure.savefig(path)
+    with appearing(path) as temporary:
+        figure.savefig(temporary)
 
 
 def places_of(bits: list[tuple[str, float]]) -> dict[str, float]:
@@ -240,7 +242,7 @@ def main() -> None:
     if not found:
         parser.error(f"no Record of {FAMILY} in {options.results}; run bash scripts/table_schedule.sh")
     folder = options.results / "action_recognition"
-    (folder / "schedule.md").write_text(markdown(found))
+    write_text(folder / "schedule.md", markdown(found))
     draw(found, folder / "schedule.png")
     print(markdown(found))
 

@@ -39,6 +39,7 @@ from detection.scenes import Scene, compose
 from detection.transformer import proposals
 from engine.data.loader import to_device
 from engine.data.workers import write_json
+from engine.files import appearing
 from engine.task import Batch, Model
 from engine.training import checkpoint
 from engine.training.ema import EMA
@@ -315,7 +316,8 @@ def main() -> None:
     training.ema.swap()
     model = training.model.eval()
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    write_tensors({name: value.cpu().contiguous() for name, value in weights.items()}, arguments.output)
+    with appearing(arguments.output) as temporary:
+        write_tensors({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)
     megabytes = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: {training.step} steps, {megabytes:.1f} MB")
     metrics = evaluate(model, training.config, arguments.validation, PHASES[-1].size)

@@ -12,9 +12,8 @@ LABELS="20bn-something-something-download-package-labels.zip"
 VIDEOS="$ROOT/20bn-something-something-v2"
 
 unpack_videos() {
-  # The parts are one gzipped tar, cut in pieces. GNU tar refuses names outside the folder.
-  mkdir -p "$ROOT"
-  (cd "$ARCHIVES" && cat "${PARTS[@]}") | tar -xz -C "$ROOT" --no-same-owner
+  # The parts are one gzipped tar, cut in pieces.
+  "$PYTHON" "$DOWNLOAD" extract-pieces "$ROOT" "${PARTS[@]/#/$ARCHIVES/}"
   touch "$VIDEOS/.complete"
 }
 

@@ -29,6 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"moment": 0.4, "call": 0.4, "signals": 0.1, "pair": 0.1}  # of the kills
 KINDS = tuple(SHARES)
@@ -290,7 +292,7 @@ def main(words: list[str]) -> int:
         counts = campaign(arguments.kills, arguments.seed, Path(scratch), arguments.kinds)
     text = table(counts, arguments.seed)
     print(text)
-    arguments.output.write_text(text)
+    write_text(arguments.output, text)
     return int(any(count[name] for count in counts.values() for name in ("unreadable", "failed", "different")))
 
 

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.files import write_text
 from scripts.check_memory import RETURN_FREED_MEMORY
 
 METHODS = ("conventional", "checkpointed", "reversible", "reversible, chunks", "dr2net, chunks")
@@ -121,8 +122,8 @@ def main() -> None:
         "versions": versions(),
         "runs": runs,
     }
-    (options.output / "proof_memory.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.output / "proof_memory.md").write_text(page(record))
+    write_text(options.output / "proof_memory.json", json.dumps(record, indent=1) + "\n")
+    write_text(options.output / "proof_memory.md", page(record))
     print(options.output / "proof_memory.md")
 
 

@@ -32,5 +32,13 @@ fi
 echo "setup.sh: installing torch and the rest into $VENV (several GB, a few minutes)"
 "$VENV/bin/python" -m pip install --quiet torch==2.14.1 torchvision==0.29.1 -r requirements.lock
 "$VENV/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+# open3d's wheel loads this library of the system; only .ply and .pcd clouds of one's own need it
+if [ "$(uname -s)" = Linux ] && ! ldconfig -p 2>/dev/null | grep -q 'libusb-1\.0'; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install -y -qq libusb-1.0-0 >/dev/null 2>&1; then
+        echo "setup.sh: installed libusb-1.0-0 for open3d"
+    else
+        echo "setup.sh: to read .ply and .pcd point clouds: sudo apt-get install libusb-1.0-0"
+    fi
+fi
 echo "$wanted" >"$STAMP"
 echo "setup.sh: done"

@@ -31,7 +31,7 @@ from dr2net import planner
 from dr2net.cli import print_table
 from dr2net.memory import Memory, format_bytes, predict
 from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, Setting
-from engine.files import read_json
+from engine.files import read_json, write_text
 from engine.records.provenance import commit, versions
 from engine.records.record import read_records
 
@@ -298,7 +298,7 @@ def main() -> None:
         else:
             rows = PARTS[name]()
             record = {"commit": commit(), "versions": versions(), "rows": rows}
-            files[name].write_text(json.dumps(record, indent=1) + "\n")
+            write_text(files[name], json.dumps(record, indent=1) + "\n")
             cells = [
                 (f"{r['setting']}, {r['method']}", *map(format_bytes, (r["peak"], r["activations"]))) for r in rows
             ]
@@ -318,7 +318,7 @@ def main() -> None:
     panels = [("blocks", deep), ("blocks: the lean methods", lean)]
     title = "ViT of width 768, 1568 tokens, batch 16, float32, AdamW, predicted"
     planner.draw(options.output / "memory_depth.png", panels, title)
-    (options.output / "memory.md").write_text(page(parts))
+    write_text(options.output / "memory.md", page(parts))
     for name in ("memory.md", "memory_frames.png", "memory_depth.png"):
         print(options.output / name)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import dr2net
 from dr2net import exact
 from engine.backbones.video_vit import build_image_vit
-from engine.files import read_json
+from engine.files import appearing, read_json, write_text
 from engine.records.provenance import commit, device_name, versions
 from engine.synthetic.motion import render_clip
 
@@ -315,7 +315,8 @@ def draw(entries: list[dict], path: Path) -> None:
     axes[0].set_ylabel("(alpha, beta)")
     label = "log10 of the relative gradient error\n0: noise; = 0: none at all; over: refused"
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)
-    figure.savefig(path, dpi=110)
+    with appearing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 
@@ -330,11 +331,11 @@ def main() -> None:
     if not options.redraw:
         facts = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
         options.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**facts, "disturbed": measure_disturbed(), "entries": measure()}, indent=1) + "\n")
+        write_text(path, json.dumps({**facts, "disturbed": measure_disturbed(), "entries": measure()}, indent=1) + "\n")
     facts = read_json(path, "run without --redraw")
     entries = [e | {"error": float(e["error"])} if "error" in e else e for e in facts.pop("entries")]
     of_disturbed = facts.pop("disturbed")
-    (options.output / "precision.md").write_text(markdown(entries, of_disturbed, facts))
+    write_text(options.output / "precision.md", markdown(entries, of_disturbed, facts))
     draw(entries, options.output / "precision.png")
     worst = max(e.get("error", 0.0) for e in entries if e["inversion"] == "exact")
     grid = max(e.get("exact", 0.0) for e in of_disturbed if e["factor"] >= 1)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import dr2net
+from engine.files import write_text
 from engine.records.provenance import commit, device_name, versions
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     facts = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
     record = {**facts, **setting, "precision": options.precision, "seconds": seconds, "ratios": ratios}
     path = options.output / f"step_time_{options.precision}_{size}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     print(path)
 
 

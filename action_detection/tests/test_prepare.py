@@ -88,6 +88,18 @@ def test_damage_and_wrong_durations_are_found_by_opening(untrimmed):
     assert "v_composed0004.mp4: lasts 9." in off and "annotated are 30.0 s" in off
 
 
+def test_a_duration_in_milliseconds_makes_a_video_unusable_in_the_eyes_of_a_probe_too(untrimmed):
+    for name, seconds in (("composed0003", 9600.0), ("composed0004", 86_000.0)):
+        change(untrimmed, name, duration=seconds)
+    assert check(untrimmed).problems == []
+    found = check(untrimmed, probe=True)
+    assert found.empty == ["validation"] and found.failed("skip")
+    (problem,) = found.problems
+    assert "2 validation files are damaged" in problem and "\n" not in problem
+    assert "v_composed0003.mp4: lasts 9." in problem and "seconds, annotated are 9600; annotate in seconds" in problem
+    assert "annotated are 86000" in problem
+
+
 def test_odd_repeated_and_absent_annotations_are_named(untrimmed):
     good, past = ({"label": "bouncing", "segment": s} for s in ([1.0, 2.0], [8.0, 20.0]))
     change(untrimmed, "composed0001", annotations=[good, good, past])

@@ -193,3 +193,15 @@ def test_the_scripts_have_a_dry_run_and_refuse_unknown_options(tmp_path):
     for name in ("download_ssv2.sh", "download_kinetics400.sh"):
         assert script(name, "--frobnicate").returncode == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_checksums_name_what_no_decoder_sees(motion, tmp_path, capsys, monkeypatch):
+    words = ("--kind", "ssv2", "--root", str(motion), "--workers", "1", "--checksums", str(tmp_path / "sums.txt"))
+    assert "give that too" in run(monkeypatch, *words)
+    assert run(monkeypatch, *words, "--probe") == 0 and (tmp_path / "sums.txt").read_text().count("\n") == 38
+    video = sorted((motion / prepare.VIDEO_FOLDER).glob("*.mp4"))[3]
+    video.write_bytes(video.read_bytes() + bytes(8))  # padding: the same frames
+    capsys.readouterr()
+    assert run(monkeypatch, *words, "--probe") == 1
+    printed = capsys.readouterr().out
+    assert f"{video.name}: is not the file of" in printed and "sums.txt, its sha256 is" in printed

@@ -8,7 +8,7 @@ loss(model(batch)).backward()                            # activations are rebui
 """
 
 from dr2net.branches import Branch, branches_of
-from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, set_coefficients
+from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, recompute, set_coefficients
 from dr2net.error_law import anchor_spacing, growth, predicted_error
 from dr2net.gradient_check import GradientError, gradient_error
 from dr2net.options import Options
@@ -32,6 +32,7 @@ __all__ = [
     "gradient_error",
     "growth",
     "predicted_error",
+    "recompute",
     "set_coefficients",
     "verify",
 ]

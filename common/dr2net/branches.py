@@ -15,7 +15,8 @@ To teach it your own block:
         )
 
 What F uses is named module by module; a parameter of the block itself (a layer scale) as it is: (mlp, block.gamma).
-`independent` says that the branch may be run in chunks, and along what (`chunks.py`).
+`independent` says that the branch may be run in chunks, and along what (`chunks.py`); `beside`, what the tensors are
+that the block gets beside x.
 
 Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapters.py`), which are known already.
 """
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dr2net.chunks import Chunks, Groups
 from dr2net.patches import all_plain
@@ -45,6 +46,9 @@ class Branch:
     drop_path: multiplies `function`'s result by a random factor per sample; the last part of F, and not in `function`.
     independent: F treats each token (all dimensions but the last) or each sample by itself; or a function that makes
         the groups of an input x. None: unknown.
+    beside: what F does with the tensors among the block's arguments: "rows", they have x's shape but for the last
+        dimension and row by row belong to x (positions), so they are cut as x is; "unused", nothing. None: unknown, and
+        with such a tensor F runs as a whole.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Branch:
     residual: bool = True
     drop_path: nn.Module | None = None
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
+    beside: Literal["rows", "unused"] | None = None
 
     own_parameters: tuple[nn.Parameter, ...] = field(init=False)
 
@@ -83,14 +88,22 @@ class Branch:
                 stacklevel=2,
             )
             return None
-        if any(isinstance(value, Tensor) for value in tree_leaves((args, named))):
+        leaves, structure = tree_flatten((args, named))
+        beside = [i for i, value in enumerate(leaves) if isinstance(value, Tensor)]
+        if beside and (self.beside is None or (self.beside == "rows" and not self._are_rows_of(x, leaves, beside))):
             return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
+        kept = [None if i in beside else value for i, value in enumerate(leaves)]  # the pass holds tensors, not this
+        cut = beside if self.beside == "rows" else []
         norms = [m for part in self.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if any(norm.training or norm.running_mean is None for norm in norms):
             return None  # its statistics are over all groups
 
-        def function(chunk: Tensor) -> Tensor:
-            return self.function(chunk, *args, **named)
+        def function(chunk: Tensor, *rows: Tensor) -> Tensor:
+            given = list(kept)
+            for position, tensor in zip(cut, rows, strict=True):
+                given[position] = tensor
+            own_args, own_named = tree_unflatten(given, structure)
+            return self.function(chunk, *own_args, **own_named)
 
         if self.independent == "tokens":
             groups = Groups(function, x.shape, x.dim() - 1)
@@ -98,9 +111,13 @@ class Branch:
             groups = Groups(function, x.shape, 1)
         else:
             groups = self.independent(x)
-        chunks = Chunks(groups, self.modules, self.drop_path, mib * 2**20)
+        chunks = Chunks(groups, self.modules, self.drop_path, mib * 2**20, cuts_beside=bool(cut))
         # all in one: the branch as it is, which needs no buffers to collect the results in
         return None if chunks.size == groups.count and isinstance(self.independent, str) else chunks
+
+    def _are_rows_of(self, x: Tensor, leaves: Sequence[Any], beside: Sequence[int]) -> bool:
+        """Whether all tensors beside x have a row for each of its rows, and the branch is cut along rows."""
+        return isinstance(self.independent, str) and all(leaves[i].shape[:-1] == x.shape[:-1] for i in beside)
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Each once."""

@@ -25,11 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 class Groups:
     """Equal, independent groups of rows of x; a row is x's last dimension, and a sample's groups are consecutive.
 
-    function: F for an input of some groups, (num_groups, *inner, C). shape: x's; leading: the dimensions of x that
-    number the groups. `window_attention.Windows` overrides what is not so simple.
+    function: F for an input of some groups, (num_groups, *inner, C), and for the same groups of what is beside x.
+    shape: x's; leading: the dimensions of x that number the groups. `window_attention.Windows` overrides what is not so
+    simple.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], shape: Sequence[int], leading: int) -> None:
+    def __init__(self, function: Callable[..., Tensor], shape: Sequence[int], leading: int) -> None:
         self.function = function
         self.count = math.prod(shape[:leading])
         self.inner = tuple(shape[leading:-1])
@@ -53,8 +54,8 @@ class Groups:
         rows[where] = values.reshape(-1, rows.shape[-1])
 
     def call(self, chunk: Tensor, where: Any, *shared: Tensor) -> Tensor:
-        """F of these groups."""
-        return self.function(chunk)
+        """F of these groups; behind `shared`, of what is cut beside x."""
+        return self.function(chunk, *shared)
 
     def floats(self, modules: Sequence[nn.Module]) -> int:
         """An estimate of the floats alive per group while it is differentiated: inputs and outputs of linear layers and
@@ -66,13 +67,21 @@ class Groups:
 
 
 class Chunks:
-    """A branch cut for an input of one shape: its groups, how many of them at a time, and its drop path."""
+    """A branch cut for an input of one shape: its groups, how many of them at a time, its drop path, and whether the
+    tensors beside x are cut with it (else it does not use them)."""
 
     def __init__(
-        self, groups: Groups, modules: Sequence[nn.Module], drop_path: nn.Module | None, budget: float
+        self,
+        groups: Groups,
+        modules: Sequence[nn.Module],
+        drop_path: nn.Module | None,
+        budget: float,
+        *,
+        cuts_beside: bool = False,
     ) -> None:
         self.groups = groups
         self.drop_path = drop_path
+        self.cuts_beside = cuts_beside
         self.size = int(max(1, min(groups.count, budget / (4 * groups.floats(modules)))))
 
     def spans(self, x: Tensor, *, all_of_them: bool = False) -> Iterator[tuple[int, int]]:
@@ -105,17 +114,26 @@ class Chunks:
         return f * factors[sample].view(-1, *[1] * (f.dim() - 1)).to(f.dtype)
 
 
-def evaluate(chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool) -> Tensor:
-    """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it."""
+def evaluate(
+    chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool, beside: Sequence[Tensor] = ()
+) -> Tensor:
+    """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it.
+
+    beside: the tensors beside x, used only where they are cut with it.
+    """
     rows = _rows(x)
+    side_rows = [_rows(t) for t in beside] if chunks.cuts_beside else []
     out = _buffer(rows)
     shared, factors = chunks.groups.shared(), chunks.factors(x)
     for start, stop in chunks.spans(x, all_of_them=keep_graph):
         where = chunks.groups.where(start, stop, x.device)
         chunk = chunks.groups.take(rows, where)
+        side = [chunks.groups.take(t, where) for t in side_rows]
         if not keep_graph:
             chunk = chunk.detach().requires_grad_(x.requires_grad)
-        f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, shared)
+            side = [t.detach().requires_grad_(t.requires_grad) for t in side]
+        given = [*shared, *(t.view_as(t) for t in side)]
+        f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
         chunks.groups.put(out, f if keep_graph else f.detach(), where)
     return out[:-1].view(x.shape)
 
@@ -129,9 +147,10 @@ def differentiate(
     parameters: Sequence[nn.Parameter],
     surroundings: Callable[[], AbstractContextManager[Any]],
     watch: Callable[[Tensor, Sequence[Tensor]], None],
+    beside: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """F(x), the gradient of <F(x) + alpha x, grad> for x (None unless x requires it) and that of the parameters (None
-    where unused).
+    """F(x), the gradient of <F(x) + alpha x, grad> for x (None unless x requires it) and those of the tensors beside
+    it, then of the parameters (None where unused or not required).
 
     Called with gradients enabled; F, not its derivative, runs in fresh `surroundings()` each time (autocast).
     `watch(f, known)` looks at the graph of what is shared and of each chunk, given what may be in it.
@@ -139,6 +158,8 @@ def differentiate(
     """
     rows, grad_rows = _rows(x.detach()), _rows(grad)
     out, grad_x = _buffer(rows), _buffer(rows) if x.requires_grad else None
+    side_rows = [_rows(t.detach()) for t in beside] if chunks.cuts_beside else []
+    of_beside = [_buffer(r) if t.requires_grad else None for r, t in zip(side_rows, beside, strict=False)]
     with surroundings():
         shared, factors = chunks.groups.shared(), chunks.factors(x)
     for value in shared:
@@ -149,12 +170,18 @@ def differentiate(
     for start, stop in chunks.spans(x):
         where = chunks.groups.where(start, stop, x.device)
         chunk = chunks.groups.take(rows, where).detach().requires_grad_(x.requires_grad)
+        side = [
+            chunks.groups.take(r, where).detach().requires_grad_(g is not None)
+            for r, g in zip(side_rows, of_beside, strict=True)
+        ]
         grad_chunk = chunks.groups.take(grad_rows, where)
         with surroundings():
-            f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, [t.view_as(t) for t in leaves])
-        watch(f, [chunk, *leaves, *parameters])
+            given = [t.view_as(t) for t in (*leaves, *side)]
+            f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
+        watch(f, [chunk, *leaves, *side, *parameters])
         chunks.groups.put(out, f.detach(), where)
-        wanted = [chunk, *inputs] if grad_x is not None else inputs
+        wanted = [chunk] if grad_x is not None else []
+        wanted += [*(t for t in side if t.requires_grad), *inputs]
         found: list[Tensor | None] = [None] * len(wanted)
         if f.requires_grad:
             edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad_chunk.to(f.dtype)
@@ -169,6 +196,11 @@ def differentiate(
                 of_chunk = (grad_chunk * alpha).add_(of_chunk)
             chunks.groups.put(grad_x, of_chunk, where)
             del of_chunk
+        for t, buffer in zip(side, of_beside, strict=True):
+            if buffer is not None:
+                of_side = found.pop(0)
+                chunks.groups.put(buffer, torch.zeros_like(t) if of_side is None else of_side, where)
+                del of_side
         for k in reversed(range(len(inputs))):
             part, before = found.pop(), sums[k]
             if part is not None:
@@ -181,7 +213,11 @@ def differentiate(
         more = torch.autograd.grad([s for s, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True)
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
     of_parameters = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
-    return out[:-1].view(x.shape), None if grad_x is None else grad_x[:-1].view(x.shape), of_parameters
+    of_rest = [
+        None if i >= len(of_beside) or (g := of_beside[i]) is None else g[:-1].view(t.shape)
+        for i, t in enumerate(beside)
+    ]
+    return out[:-1].view(x.shape), None if grad_x is None else grad_x[:-1].view(x.shape), [*of_rest, *of_parameters]
 
 
 def _rows(x: Tensor) -> Tensor:

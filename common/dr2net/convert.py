@@ -138,6 +138,17 @@ def checkpoint_blocks(model: nn.Module) -> int:
     return len(blocks)
 
 
+def recompute(module: nn.Module) -> None:
+    """From now on `module` runs again in backward instead of keeping what it computes; batch statistics move once.
+
+    In place; for what stands around the blocks; `deconvert` undoes it. ValueError for buffers other than batch norm's,
+    which a second run could change, and for a module without parameters.
+    """
+    if not _can_run_again(module):
+        raise ValueError(f"a {type(module).__name__} without parameters, or with buffers, is not run a second time")
+    _checkpoint(module)
+
+
 def sequences(model: nn.Module) -> list[ReversibleSequence]:
     """All reversible sequences of a converted model; ValueError if there is none."""
     found = [module for module in model.modules() if isinstance(module, ReversibleSequence)]

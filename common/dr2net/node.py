@@ -110,7 +110,7 @@ class Node:
         version = version_of(x)
         with self.surroundings(first=first):
             if self.chunks is not None:
-                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored)
+                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored, beside=side)
             else:
                 # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
                 f = self.branch(x.view_as(x).to(self.dtype), *args, **named)
@@ -180,18 +180,19 @@ class Node:
             grad_x = grad * self.alpha if grad_x is None else (grad * self.alpha).add_(grad_x)
         return grad_x, rest
 
-    def differentiate_in_chunks(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    def differentiate_in_chunks(
+        self, x: Tensor, side: list[Tensor], grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
         """F(x), and the gradients as from `differentiate`. Called without gradients."""
         assert self.chunks is not None
         self.refuse_changes()
-        x = x.detach().requires_grad_(self.needs[0])
+        x, *side = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
         watch = functools.partial(refuse_foreign, name=self.name)
         kept, suspended = StatisticsKept(self.branch.modules), hooks_suspended(self.parameters)
         with torch.enable_grad(), rng.replay(self.random, x), kept, suspended:
-            f, grad_x, of_parameters = differentiate(
-                self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch
+            return differentiate(
+                self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch, side
             )
-        return f, grad_x, [*[None] * len(self.tensor_at), *of_parameters]
 
     def remember(self) -> None:
         """What must be the same when the branch is recomputed."""
@@ -292,7 +293,7 @@ class DualResidual(torch.autograd.Function):
             _rebuild(node, taken, done.f.detach())
             grad_x, rest = node.differentiate(done, grad)
         else:
-            f, grad_x, rest = node.differentiate_in_chunks(taken.x, grad)
+            f, grad_x, rest = node.differentiate_in_chunks(taken.x, taken.side, grad)
             _rebuild(node, taken, f, out=f)
             del f
         grad_previous = None

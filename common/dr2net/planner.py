@@ -14,6 +14,7 @@ Nothing is computed but by `calibrate`. Not here: how bytes are counted (`memory
 
 import copy
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,4 +225,9 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
         axes.set(xlabel=label, ylabel="peak of a training step, GiB", ylim=(0, top), xlim=(0, 1.03 * right))
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")
-    figure.savefig(path, dpi=150)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)  # whole, or not there
+    finally:
+        temporary.unlink(missing_ok=True)

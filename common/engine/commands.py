@@ -138,7 +138,7 @@ class Preparation(settings.Arguments):
     preset: Preset | None = None  # make the data of this preset's rows; of paper: check what their rows need
     kind: str | None = None  # the layout to check or download
     root: Path | None = None  # the data set's folder; default: that of the rows
-    probe: bool = False  # open every file: slow, finds damaged ones
+    probe: bool = False  # decode every file: slow, finds damaged ones
     download: bool = False  # fetch what can be fetched, say what to request
     dry_run: bool = False  # with download: say what would be fetched
     sheet: Path | None = None  # with a preset: also write a contact sheet of the data (PNG) here

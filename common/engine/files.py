@@ -4,8 +4,8 @@
 
 Written under a temporary name, synced, renamed.
 
-A kill at any moment leaves the old content or the new one under the name, and at most a `.<name>.<process>.tmp` beside
-it, which whoever owns the folder may delete. Not here: what is in them.
+A kill at any moment leaves the old content or the new one under the name, and at most a `.<name>.<process>.tmp<suffix>`
+beside it, which whoever owns the folder may delete. Not here: what is in them.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,34 @@ MAX_BYTES = 1 << 31  # of a text file; the largest annotations have some hundred
 MAX_DIGITS = 300  # of a whole number; a longer one is no float
 
 
+def require_file(path: Path, remedy: str) -> os.stat_result:
+    """The status of a regular file, to be asked for before one is opened: opening a pipe waits for a writer, for ever,
+    and a device may have no end. FileNotFoundError, or ValueError for anything else under the name, with the remedy.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; {remedy}") from None
+    if problem := irregular(status.st_mode):
+        raise ValueError(f"{path}: {problem}; {remedy}")
+    return status
+
+
+def irregular(mode: int) -> str:
+    """What stands under a name, by its mode; nothing of a regular file."""
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, it is not a regular file"
+
+
 def read_text(path: Path, remedy: str) -> str:
     """A text in UTF-8, without the byte-order mark that some editors write.
 
     Raises FileNotFoundError, or ValueError for what is no regular file (a pipe is not waited for), too large or not
     UTF-8, each with the remedy.
     """
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file; {remedy}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: is a folder, a pipe or a device, not a file; {remedy}")
+    status = require_file(path, remedy)
     if status.st_size > MAX_BYTES:
         raise ValueError(f"{path}: has {status.st_size} bytes, too many for what it should be; {remedy}")
     try:
@@ -77,11 +94,23 @@ def _whole_number(digits: str) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file (UTF-8), making its folder where needed. OSError leaves what was there before."""
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link that waits under the name is not followed
+    with appearing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A new empty file to write into, of the same suffix, that becomes `path` when the block ends without an error.
+
+    For whatever writes to a name: pictures, videos. Makes the folder where needed. OSError leaves what was there.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        temporary.unlink(missing_ok=True)
+        # Exclusive: a link that waits under the name is not followed.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

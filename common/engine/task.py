@@ -17,7 +17,7 @@ Nothing here runs; common/tests/test_tasks.py holds every folder to it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -55,6 +55,16 @@ class Model(nn.Module):
         if name.startswith("backbone."):
             return cast(Any, self.backbone).layer_of(name.removeprefix("backbone."))
         return self.num_layers
+
+
+@runtime_checkable
+class Recomputed(Protocol):
+    """A part of a model, outside the backbone and without residual blocks, that can run again in backward instead of
+    keeping what it computes. `finetuning.also` names it.
+    """
+
+    def recompute(self, chunk_mib: float | None) -> None:
+        """Do so from now on; in chunks of about so many MiB where that changes nothing, None: as a whole."""
 
 
 class KeyedDataset(Protocol):

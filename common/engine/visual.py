@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.files import appearing
+
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
@@ -46,8 +48,8 @@ def save_stack(path: Path, strips: Sequence["Image.Image"]) -> None:
     """Pictures of one width, one below the other, as a PNG."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips], axis=0)).save(path)
+    with appearing(path) as temporary:
+        Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips], axis=0)).save(temporary)
 
 
 def resized(frame: np.ndarray, width: int, height: int | None = None) -> "Image.Image":

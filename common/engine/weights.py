@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.files import require_file
+
 Tensors = dict[str, Tensor]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +43,7 @@ def read_tensors(path: Path) -> Tensors:
     """All tensors of a safetensors file, on the CPU. ValueError, naming the file, for anything else; never
     unpickles.
     """
+    require_file(path, "give a file of weights")
     with open(path, "rb") as file:
         head = file.read(16)
     # safetensors: the length of a header, in 8 bytes of which the first may be a pickle's, then the header's brace.
@@ -70,8 +73,9 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
     inside: the key under which a checkpoint that holds more than weights has them; without it the file is the state
     dict itself. FileNotFoundError or ValueError, naming the file, if there are none.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no weights at {path}; give an existing file with --model.weights FILE")
+    require_file(path, "give a file of weights")
     state: Any
     if path.suffix == ".safetensors":
         state = read_tensors(path)

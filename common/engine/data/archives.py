@@ -7,18 +7,24 @@ Both walk the archive the same way, so what one refuses the other does. Not here
 taken over; passwords.
 """
 
+import errno
 import gzip
+import io
 import lzma
 import secrets
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from engine.files import require_file
 
 CHUNK = 1 << 20
 GIB = 1 << 30
@@ -61,10 +67,16 @@ class _Member(NamedTuple):
 
 
 def extract(
-    archive: Path | str, folder: Path | str, *, max_bytes: int = 64 * GIB, max_files: int = 1_000_000
+    archive: Path | str,
+    folder: Path | str,
+    *,
+    further: Sequence[Path | str] = (),
+    max_bytes: int = 64 * GIB,
+    max_files: int = 1_000_000,
 ) -> list[Path]:
     """Unpack a tar or zip below `folder`, made if need be; returns the files written, existing ones replaced.
 
+    further: where the archive was cut in pieces, those behind the first, in their order.
     Refused with UnsafeArchive: absolute names, "..", links and devices, names that pass through a link in `folder`,
     more than `max_files` files and folders, more than `max_bytes` unpacked bytes (counted while writing: what the
     archive declares is not believed), headers above MAX_HEADER bytes. Raises ValueError for a file that is neither, is
@@ -76,7 +88,7 @@ def extract(
     written: list[Path] = []
     made: set[Path] = set()
     total = files = 0
-    for member in _members(archive):
+    for member in _members(archive, [Path(piece) for piece in further]):
         if member.is_locked:
             raise ValueError(f"{archive}: {member.name!r} is locked by a password; unpack it with unzip -P")
         files += 1
@@ -166,21 +178,64 @@ def _reading(archive: Path) -> Iterator[None]:
         raise ValueError(f"{archive}: is damaged ({error or type(error).__name__}); download it again") from error
 
 
-def _members(archive: Path) -> Iterator[_Member]:
+def _members(archive: Path, further: Sequence[Path] = ()) -> Iterator[_Member]:
     """Each file and folder; anything else is refused."""
-    with _reading(archive):
-        is_zip = zipfile.is_zipfile(archive)
-    members = _zip_members(archive) if is_zip else _tar_members(archive)
-    while True:
+    for piece in (archive, *further):
+        require_file(piece, "download it again")
+    with io.BufferedReader(_Pieces([archive, *further]), CHUNK) as file:
         with _reading(archive):
-            member = next(members, None)
-        if member is None:
-            return
-        yield member
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+        members = _zip_members(file) if is_zip else _tar_members(file)
+        while True:
+            with _reading(archive):
+                member = next(members, None)
+            if member is None:
+                return
+            yield member
 
 
-def _zip_members(archive: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as bundle:
+class _Pieces(io.RawIOBase):
+    """Files that are read as one, from end to end."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self.place = paths, 0
+        self.ends = list(accumulate(path.stat().st_size for path in paths))
+        self.number, self.file = 0, paths[0].open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.ends[-1]}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, f"negative place {start + offset}")
+        self.place = start + offset
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        number = bisect(self.ends, self.place)
+        if number == len(self.paths):
+            return 0
+        if number != self.number:
+            self.file.close()
+            self.number, self.file = number, self.paths[number].open("rb")
+        begin = self.ends[number - 1] if number else 0
+        self.file.seek(self.place - begin)
+        read = self.file.readinto(memoryview(buffer)[: self.ends[number] - self.place])
+        self.place += read
+        return read
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _zip_members(file: IO[bytes]) -> Iterator[_Member]:
+    with zipfile.ZipFile(file) as bundle:
         for member in bundle.infolist():
             kind = member.external_attr >> 16 & 0o170000  # the Unix file type, 0 if the maker had none
             if kind not in (0, 0o100000, 0o040000):
@@ -195,9 +250,9 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
             )
 
 
-def _tar_members(archive: Path) -> Iterator[_Member]:
+def _tar_members(file: IO[bytes]) -> Iterator[_Member]:
     try:
-        bundle = _Tar.open(archive, "r:*", tarinfo=_Header)
+        bundle = _Tar.open(fileobj=file, mode="r:*", tarinfo=_Header)
     except tarfile.ReadError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"is neither tar nor zip: {reason}") from error

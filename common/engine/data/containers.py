@@ -10,6 +10,7 @@ the decoders.
 import io
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,7 +29,9 @@ TRACK_ENTRY, TRACK_TYPE, VIDEO, PROJECTION, ROLL = 0xAE, 0x83, 0xE0, 0x7670, 0x7
 # All that the specification has in a segment, and in a cluster; another id there shows damage.
 IN_SEGMENT = frozenset({0x114D9B74, 0x1549A966, TRACKS, CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367})
 IN_CLUSTER = frozenset({0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF})
-ANYWHERE = frozenset({0xEC, 0xBF})  # void, checksum
+SIMPLE_BLOCK, BLOCK_GROUP, BLOCK, TRACK_NUMBER, CHECKSUM = 0xA3, 0xA0, 0xA1, 0xD7, 0xBF
+ANYWHERE = frozenset({0xEC, CHECKSUM})  # 0xEC: void
+BOM, LISTS = b"\xef\xbb\xbf", (b"#EXTM3U", b"ffconcat", b"v=0", b"<")  # how lists of other files begin
 MAX_CLUSTER = 1 << 26  # bytes of a cluster that is looked into
 # Elements that hold others and may be without a size, in files that were written as a stream.
 UNSIZED = frozenset({SEGMENT, CLUSTER})
@@ -40,6 +43,7 @@ class Structure(NamedTuple):
     cut: str | None  # what is missing or damaged, or None
     turn: Turn  # (a, b, c, d), each -1, 0 or 1: stored column x and row y are shown at (a x + c y, b x + d y)
     fragmented: bool = False  # an mp4 in pieces, each with its own times, as streaming has it
+    text: bool = False  # a list that names other files (m3u8, ffconcat, sdp, xml), or a page
 
 
 def look(path: Path | str) -> Structure:
@@ -47,7 +51,9 @@ def look(path: Path | str) -> Structure:
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        start = file.read(12)
+        start = file.read(1024)
+        if start.removeprefix(BOM).lstrip().startswith(LISTS):
+            return Structure(None, UPRIGHT, text=True)
         if start[4:8] in BOXES:
             return _look_mp4(file, size)
         if start[:4] == EBML.to_bytes(4):
@@ -160,6 +166,7 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _look_matroska(file: BinaryIO, size: int) -> Structure:
     """Top elements in turn. A segment with a size tells the end of the file; one without is walked to its end."""
     at, turn, end = 0, UPRIGHT, None  # end: of a segment with a size
+    tracks: set[int] = set()
     while at < (size if end is None else end):
         file.seek(at)
         head = file.read(12)
@@ -180,14 +187,17 @@ def _look_matroska(file: BinaryIO, size: int) -> Structure:
             return Structure(_missing(stop, size), turn)
         if kind == TRACKS and length <= MAX_PART:
             file.seek(body)
-            turn = _turn_of_matroska(file.read(length))
+            content = file.read(length)
+            turn = _turn_of_matroska(content)
+            entries = [dict(_elements(entry)) for kind, entry in _elements(content) if kind == TRACK_ENTRY]
+            tracks = {int.from_bytes(entry[TRACK_NUMBER]) for entry in entries if TRACK_NUMBER in entry}
         if kind == SEGMENT:
             at, end = body, stop
             continue
         if kind == CLUSTER and length <= MAX_CLUSTER:
             file.seek(body)
             content = file.read(length)
-            if not _is_cluster(content):
+            if not _is_cluster(content, tracks):
                 return Structure(f"the frames from byte {at} on are damaged", turn)
         at = stop
     if end is not None and at != end:
@@ -195,14 +205,25 @@ def _look_matroska(file: BinaryIO, size: int) -> Structure:
     return Structure(None, turn)
 
 
-def _is_cluster(data: bytes) -> bool:
-    """Whether known elements fill a cluster to its end; else the demuxer leaves frames out without a word."""
+def _is_cluster(data: bytes, tracks: set[int]) -> bool:
+    """Whether known elements fill a cluster to its end, their blocks of known tracks, as its checksum says if it has
+    one; else the demuxer leaves frames out, or shows damaged ones, without a word. tracks: none if not known yet.
+    """
     at, known = 0, IN_CLUSTER | ANYWHERE
     try:
         while at < len(data):
             kind, at, _ = _number(data, at, keep_marker=True)
             length, at, unsized = _number(data, at, keep_marker=False)
             if kind not in known or unsized:
+                return False
+            checked = memoryview(data)[at + length :]
+            if kind == CHECKSUM and data[at : at + length] != zlib.crc32(checked).to_bytes(4, "little"):
+                return False
+            if kind == BLOCK_GROUP:
+                blocks = [block for part, block in _elements(data[at : at + length]) if part == BLOCK]
+            else:
+                blocks = [data[at : at + 8]] if kind == SIMPLE_BLOCK else []
+            if tracks and any(_number(block, 0, keep_marker=False)[0] not in tracks for block in blocks):
                 return False
             at += length
     except EOFError:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from engine.data.archives import CHUNK, check_archive
-from engine.files import read_json, read_text
+from engine.files import read_json, read_text, require_file
 
 ARCHIVES = (".zip", ".whl", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 TEXTS = (".csv", ".tsv", ".txt")
@@ -32,6 +32,7 @@ def check_content(path: Path, name: str) -> None:
 
     Raises ValueError with the file's name.
     """
+    require_file(path, REMEDY)
     with path.open("rb") as file:
         start = file.read(4096)
     if not start:

@@ -8,6 +8,7 @@ For shell scripts, without starting more than the standard library:
     python common/engine/data/download.py fetch URL FILE            # download and remember
     python common/engine/data/download.py fetch URL FILE SIZE MD5   # where both are published
     python common/engine/data/download.py extract ARCHIVE FOLDER [MAX_GIB]
+    python common/engine/data/download.py extract-pieces FOLDER PIECE ...      # of one archive that was cut
 
 What stands at `path` is complete and checked; what is on its way is `<path>.part`, and `<path>.part.source` says of
 which version of the file. Not a mirror tool, no parallel transfers. Unpacking is in archives.py.
@@ -32,8 +33,9 @@ from pathlib import Path
 from engine.data.archives import CHUNK, GIB, UnsafeArchive, extract
 from engine.data.content import check_content, is_page
 from engine.data.web import Answer, DownloadError, Slow, extent, validators
-from engine.files import publish, read_json, write_text
+from engine.files import publish, read_json, require_file, write_text
 
+USAGE = "fetch URL FILE [SIZE MD5] | extract ARCHIVE FOLDER [MAX_GIB] | extract-pieces FOLDER PIECE ..."
 __all__ = ["DownloadError", "UnsafeArchive", "download", "extract", "free_bytes", "remember"]
 
 
@@ -68,6 +70,8 @@ def download(
     path = Path(path)
     name = path.name if path.suffix else urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1]
     is_checked = sha256 is not None or md5 is not None
+    if path.exists():
+        require_file(path, "remove it, or choose another place")
     if path.is_file() and _mismatch(path, size, sha256, md5) is None and (is_checked or not _is_worthless(path, name)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +109,17 @@ def remember(path: Path | str) -> str:
     the one remembered, or not what its name says.
     """
     path, note = Path(path), Path(f"{path}.sha256")
+    require_file(path, "download it again")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not note.is_file():
+    if not note.exists():
         try:
             check_content(path, path.name)
         except ValueError as error:
             raise DownloadError(f"{error}; remove it and download again") from error
         write_text(note, f"{found}  {path.name}\n")
         return found
+    require_file(note, f"remove it to accept the present {path.name}")
     known = note.read_bytes()[:64].decode("ascii", "replace")
     if not re.fullmatch("[0-9a-f]{64}", known):
         raise DownloadError(f"{note}: {known[:20]!r} is no sha256; remove it to accept the present {path.name}")
@@ -347,11 +353,13 @@ def main(words: list[str]) -> None:
                 print(f"{file}: sha256 {remember(download(url, file))}")
             case ["fetch", url, file, size, md5]:
                 print(f"{download(url, file, size=int(size), md5=md5)}: md5 {md5}")
+            case ["extract-pieces", folder, first, *further]:
+                print(f"{first}: {len(extract(first, folder, further=further))} files unpacked in {folder}")
             case ["extract", archive, folder, *limit]:
                 gib = int(limit[0]) if limit else 64
                 print(f"{archive}: {len(extract(archive, folder, max_bytes=gib * GIB))} files unpacked in {folder}")
             case _:
-                sys.exit("usage: download.py fetch URL FILE [SIZE MD5] | extract ARCHIVE FOLDER [MAX_GIB]")
+                sys.exit(f"usage: download.py {USAGE}")
     except (DownloadError, ValueError, OSError) as error:
         sys.exit(f"download: {error}")
 

@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor, nn
+
+from engine.files import require_file
 from engine.settings import to_json
 
 DIGITS = 16
@@ -33,13 +37,38 @@ class Dataset(Protocol):
     def files(self) -> Files: ...
 
 
-def inputs_of(config: Any, datasets: Mapping[str, Dataset]) -> dict[str, str]:
-    """One word per dataset and per file that the configuration names, other than the folders of data and output."""
+def inputs_of(config: Any, datasets: Mapping[str, Dataset], backbone: nn.Module | None = None) -> dict[str, str]:
+    """One word per dataset and per file that the configuration names, other than the folders of data and output.
+
+    backbone: with its pretrained weights, as it was built. It gets a word where these come from a name, such as "hub",
+    behind which another file may stand one day; see `same_inputs` for a look without it.
+    """
     words = {name: f"{len(dataset)} samples, {_of_files(dataset.files())}" for name, dataset in datasets.items()}
     for name, text in _words(to_json(config)):
         if name not in ("data.root", "run.output") and ("." in text or "/" in text) and Path(text).exists():
             words[name] = _of_path(Path(text), whole=name.startswith("model."))
+        elif backbone is not None and name.startswith("model.") and name.endswith("weights"):
+            words[f"{name} ({text})"] = _of_tensors(backbone.state_dict())
     return words
+
+
+def same_inputs(now: Mapping[str, str], then: Mapping[str, str]) -> bool:
+    """Whether the words are equal, where those of named weights count only if both have looked at them."""
+    both = {name for name in {**now, **then} if not name.endswith(")") or (name in now and name in then)}
+    return all(now.get(name) == then.get(name) for name in both)
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of the numbers in the numbered blocks. What stands around them is resampled for a row's sizes, and its last
+    digits differ from machine to machine.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if any(part.isdecimal() for part in name.split(".")):
+            value = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
 
 
 def _of_files(files: Files) -> str:
@@ -60,6 +89,7 @@ def _of_path(path: Path, *, whole: bool = True) -> str:
         inside = sorted(child for child in path.iterdir() if child.is_file())
         words = [f"{c.name} {_of_path(c) if whole else c.stat().st_size}" for c in inside]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()[:DIGITS]
+    require_file(path, "give a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 

@@ -13,19 +13,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from engine.command_line import USER_ERRORS, one_line
+from engine.data import busy
 from engine.task import KeyedDataset
 
 Row = TypeVar("Row")
 Key = tuple[int, int]
+MAX_WORKERS = 1024  # processes of one loader; more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,12 @@ def build_loader(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if len(dataset) == 0:
         raise ValueError(f"the {'training' if train else 'validation'} set is empty; check the data folder (prepare)")
-    return DataLoader(
-        Told(dataset) if num_workers else dataset,  # type: ignore[arg-type]
+    if num_workers > MAX_WORKERS:
+        raise ValueError(f"--run.num-workers {num_workers}: at most {MAX_WORKERS}; a few per device are enough")
+    board = busy.Board(num_workers)
+    kind = partial(Watched, board=board, timeout=busy.INTERVAL) if num_workers else DataLoader
+    return kind(
+        Told(dataset, board) if num_workers else dataset,  # type: ignore[arg-type]
         batch_sampler=KeyBatches(len(dataset), batch_size, seed, train),
         num_workers=num_workers,
         collate_fn=collate,
@@ -108,11 +116,50 @@ def build_loader(
     )
 
 
+class Watched(DataLoader):
+    """A loader with workers, of which none hangs without a word."""
+
+    def __init__(self, *arguments: Any, board: busy.Board, **options: Any) -> None:
+        self.board = board
+        super().__init__(*arguments, **options)
+
+    def __iter__(self) -> Any:
+        return _Batches(super().__iter__(), self.board)
+
+
+class _Batches:
+    """The batches of a `Watched` loader; TimeoutError, naming them, where samples hang; OSError where a worker dies."""
+
+    def __init__(self, source: Iterator[dict[str, Any]], board: busy.Board) -> None:
+        self.source, self.board = source, board
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        watch = busy.Watch(self.board)
+        while True:
+            try:
+                return next(self.source)
+            except RuntimeError as error:  # the loader's own; it can be asked again
+                if str(error).startswith("DataLoader worker (pid"):
+                    text = f"{error}".strip()
+                    raise OSError(f"{text} was it killed for memory? Lower --run.num-workers") from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if hung := watch.look():
+                with suppress(ValueError):  # not the main thread: then it is not called there either
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises wherever the process is just then
+                busy.kill(hung)
+                names = [f"sample {one.number}" + f" ({one.file})" * bool(one.file) for one in hung]
+                raise TimeoutError(busy.told(names, watch.patience))
+
+
 class Told:
     """A dataset in a worker process: its errors are told in one sentence, since not every error can cross over."""
 
-    def __init__(self, dataset: KeyedDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: KeyedDataset, board: busy.Board) -> None:
+        self.dataset, self.board = dataset, board
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # while a copy is being unpickled
@@ -123,8 +170,10 @@ class Told:
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
+        worker = get_worker_info()
         try:
-            return self.dataset[key]
+            with self.board.at(worker.id, key[0]) if worker is not None else nullcontext():
+                return self.dataset[key]
         except USER_ERRORS as error:
             raise ValueError(one_line(error)) from None
 

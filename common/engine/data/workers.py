@@ -3,26 +3,28 @@
     with progress_bar("writing", len(jobs)) as advance:
         results = run_jobs(write_clip, jobs, workers=2, on_done=advance)
 
-Not a scheduler: no retries, results in the order of the jobs, the first exception ends it.
+Not a scheduler: no retries, results in the order of the jobs; the first exception ends it, and so does a job that hangs
+(`busy.py`).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.command_line import USER_ERRORS, one_line
-from engine.data.video import BrokenVideo, probe, read_frames
+from engine.data import busy
+from engine.data.packets import BrokenVideo
 from engine.files import write_text
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Item = TypeVar("Item", covariant=True)
+_line: tuple[busy.Board, int] | None = None  # of this process, if it is a worker
 
 
 class Counted(Protocol[Item]):
@@ -41,24 +43,63 @@ def run_jobs(
     on_done: Callable[[], None] | None = None,
     chunk: int = 8,
 ) -> list[Result]:
-    """function(job) of each job, in order, in `workers` processes (1: in this one); on_done is called after each."""
-    results = []
+    """function(job) of each job, in order, in `workers` processes (1: in this one); on_done is called after each.
 
-    def collect(found: Iterator[Result]) -> None:
+    Raises what `function` raises, OSError where a worker dies, and TimeoutError naming a job that takes longer than
+    `busy.PATIENCE` without a sign of life.
+    """
+    results: list[Result] = []
+
+    def collect(found: Iterable[Result]) -> None:
         for result in found:
             results.append(result)
             if on_done is not None:
                 on_done()
 
+    workers = min(workers, max(-(-len(jobs) // chunk), 2))  # more would be idle
     if workers <= 1:
-        collect(map(function, jobs))
-    else:  # spawned: forking after torch has started threads can deadlock
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            try:
-                collect(pool.map(partial(_told, function), jobs, chunksize=chunk))
-            except BrokenProcessPool as error:
-                done = f"after {len(results)} of {len(jobs)} jobs"
-                raise OSError(f"a worker process died {done}; was it killed for memory? use fewer workers") from error
+        for job in jobs:
+            with busy.limited(job):
+                result = function(job)
+            collect([result])
+        return results
+    board, context = busy.Board(workers), get_context("spawn")  # forking after torch has started threads can deadlock
+    lines = context.Value("i", 0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_take_line, initargs=(board, lines)) as pool:
+        starts = range(0, len(jobs), chunk)
+        parts = [pool.submit(_work, function, start, jobs[start : start + chunk]) for start in starts]
+        try:
+            watch = busy.Watch(board)
+            for part in parts:
+                while not wait([part], timeout=busy.INTERVAL).done:
+                    if hung := watch.look():
+                        busy.kill(hung)
+                        raise TimeoutError(busy.told([jobs[one.number] for one in hung], watch.patience))
+                collect(part.result())
+        except BrokenProcessPool as error:
+            done = f"after {len(results)} of {len(jobs)} jobs"
+            raise OSError(f"a worker process died {done}; was it killed for memory? use fewer workers") from error
+        finally:
+            for part in parts:
+                part.cancel()
+    return results
+
+
+def _take_line(board: busy.Board, lines: Any) -> None:
+    """In a worker that begins: the next free line of the board is its own."""
+    global _line
+    with lines.get_lock():
+        _line = board, lines.value % board.workers
+        lines.value += 1
+
+
+def _work(function: Callable[[Job], Result], start: int, jobs: Sequence[Job]) -> list[Result]:
+    """function(job) of each job in a worker; `start`: the number of the first."""
+    assert _line is not None, "workers begin with _take_line"
+    results = []
+    for number, job in enumerate(jobs, start):
+        with _line[0].at(_line[1], number):
+            results.append(_told(function, job))
     return results
 
 
@@ -97,12 +138,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def damaged_videos(paths: Sequence[str], *, workers: int, title: str) -> list[str]:
-    """What is wrong with each unusable file, one sentence each; see `damage`."""
-    with progress_bar(title, len(paths)) as advance:
-        return [line for line in run_jobs(damage, paths, workers=workers, on_done=advance, chunk=32) if line]
-
-
 def name_some(problems: list[str], names: Sequence[str], file: Path | None, what: str) -> None:
     """Add one sentence with the first 20 names; all of them go to `file`, which is removed when there are none."""
     if not names:
@@ -115,12 +150,3 @@ def name_some(problems: list[str], names: Sequence[str], file: Path | None, what
         where = f" (full list: {file})"
     first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     problems.append(f"{len(names)} {what}{where}: {first}")
-
-
-def damage(path: str) -> str:
-    """What is wrong with a video file, or nothing: all packets are walked, the last frame is decoded."""
-    try:
-        read_frames(path, [probe(path).num_frames - 1])
-    except (BrokenVideo, OSError) as error:
-        return str(error)
-    return ""

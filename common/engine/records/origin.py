@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from engine.data.fingerprint import Dataset, inputs_of
 from engine.records.provenance import commit, sources_hash, versions
 from engine.records.record import task_of
@@ -34,13 +36,15 @@ class Origin:
         return [f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names]
 
 
-def origin_of(config: Any, datasets: Mapping[str, Dataset], total_steps: int) -> Origin:
-    """Where the numbers of a run that starts now come from. OSError where a file cannot be read."""
+def origin_of(config: Any, datasets: Mapping[str, Dataset], backbone: nn.Module, total_steps: int) -> Origin:
+    """Where the numbers of a run that starts now come from; `backbone` as it was built. OSError where a file cannot be
+    read.
+    """
     return Origin(
         sources=sources_hash(task_of(config)),
         commit=commit(),
         versions=versions(),
-        inputs=inputs_of(config, datasets),
+        inputs=inputs_of(config, datasets, backbone),
         total_steps=total_steps,
         micro_batch=config.run.micro_batch,
     )

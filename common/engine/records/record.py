@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.data.fingerprint import same_inputs
 from engine.files import read_json, write_text
 from engine.records.provenance import command_line, commit, sources_hash, versions
 from engine.settings import to_json
@@ -115,7 +116,8 @@ def finished_record(config: Any, inputs: Mapping[str, str] | None = None) -> Rec
         return None
     record = read_record(path)
     same = _essential(record.config) == _essential(to_json(config)) and record.sources == sources_hash(task_of(config))
-    return record if same and record.metrics and inputs in (None, record.inputs) else None
+    same = same and (inputs is None or same_inputs(inputs, record.inputs))
+    return record if same and record.metrics else None
 
 
 def is_finished(config: Any, inputs: Mapping[str, str] | None = None) -> bool:
@@ -127,7 +129,7 @@ def write_record(record: Record, folder: Path) -> Path:
     """Write `record.json` into a run folder, atomically and synced. ValueError for one without metrics."""
     if not record.metrics and record.status != "not run":
         raise ValueError(f"{folder}: the run of {record.row} has no metrics, so nothing is recorded of it")
-    for left in folder.glob(".record.json.*.tmp"):  # by processes that were killed
+    for left in folder.glob(".record.json.*.tmp*"):  # by processes that were killed
         left.unlink(missing_ok=True)
     return _write(folder / "record.json", asdict(record))
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from dr2net.styles import STYLES
 from engine.command_line import parse, run_command
 from engine.config import METHODS
-from engine.files import read_json
+from engine.files import appearing, read_json, write_text
 from engine.records.record import Record, publish, read_records, read_runs
 from engine.settings import Settings
 
@@ -234,7 +234,8 @@ def draw(group: str, lines: list[Line], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, numpoints=1)
-    figure.savefig(path)
+    with appearing(path) as temporary:
+        figure.savefig(temporary)
 
 
 def write_all(results: Path) -> list[Path]:
@@ -246,7 +247,7 @@ def write_all(results: Path) -> list[Path]:
                 written.append(folder / f"{group}.png")
                 draw(group, lines, written[-1])
     written.append(results / "README.md")
-    written[-1].write_text(readme(results))
+    write_text(written[-1], readme(results))
     return written
 
 

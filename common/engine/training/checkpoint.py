@@ -192,7 +192,7 @@ def delete_unnamed(folder: Path) -> None:
             named = {entry["name"] for entry in read_state(folder)["files"].values()}
         except (OSError, ValueError):
             return
-    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp"), *folder.glob(".tmp*")]:
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp*"), *folder.glob(".tmp*")]:
         if path.name not in named:
             with contextlib.suppress(OSError):
                 path.unlink()

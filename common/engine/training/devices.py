@@ -7,9 +7,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+MAX_SEED = 1 << 63  # a torch generator takes no larger one
+
 
 def set_seed(seed: int, step: int = 0, rank: int = 0) -> None:
-    """Seed python, numpy and torch (all devices) for what follows; `train.py` calls it before it builds the model."""
+    """Seed python, numpy and torch (all devices) for what follows; `train.py` calls it before it builds the model.
+
+    ValueError for a seed that the loaders' generators would not take.
+    """
+    if seed >= MAX_SEED:
+        raise ValueError(f"--run.seed {str(seed)[:40]}: must be below {MAX_SEED}")
     words = np.random.SeedSequence([seed, step, rank]).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))

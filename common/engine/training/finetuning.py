@@ -7,8 +7,9 @@
     dr2net_dynamic    alpha and beta move, as in the paper, from near the pretrained network to where inversion is easy
     dr2net            alpha and beta stay near the pretrained network, which only exact inversion can do
 
-All but frozen also act on the parts of the model that `finetuning.also` names. Not here: the mathematics (`dr2net`),
-the loop (`fit.py`).
+All but frozen also act on the parts of the model that `finetuning.also` names: on their blocks, or, of a part that says
+how by itself (`engine.task.Recomputed`), by recomputing it wherever blocks are recomputed. Not here: the mathematics
+(`dr2net`), the loop (`fit.py`).
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import dr2net
 from engine.config import SCHEDULES, Finetuning, Precision
-from engine.task import Batch, Model
+from engine.task import Batch, Model, Recomputed
 from engine.training import checkpoint
 from engine.training.log import Log
 
@@ -38,7 +39,10 @@ def apply_method(model: Model, finetuning: Finetuning) -> None:
         model.backbone.requires_grad_(False)
         return
     for part in _parts(model, finetuning):
-        if finetuning.method == "checkpointed":
+        if isinstance(part, Recomputed):
+            if finetuning.method != "conventional":
+                part.recompute(finetuning.options.chunk_mib)
+        elif finetuning.method == "checkpointed":
             dr2net.checkpoint_blocks(part)
         elif inverts(finetuning):
             dr2net.convert(part, finetuning.options)
@@ -56,6 +60,12 @@ def _parts(model: Model, finetuning: Finetuning) -> list[nn.Module]:
     return parts
 
 
+def _set_all(model: Model, finetuning: Finetuning, alpha: float, beta: float) -> None:
+    for part in _parts(model, finetuning):
+        if not isinstance(part, Recomputed):
+            dr2net.set_coefficients(part, alpha, beta)
+
+
 def coefficients(finetuning: Finetuning, progress: float) -> tuple[float | None, float | None]:
     """(alpha, beta) at `progress` in [0, 1]; (None, None) for a method without them."""
     return (None, None) if finetuning.schedule is None else finetuning.schedule.at(progress)
@@ -65,8 +75,7 @@ def set_coefficients(model: Model, finetuning: Finetuning, progress: float) -> t
     """Give the model alpha and beta of the step that begins at `progress`; returns them."""
     alpha, beta = coefficients(finetuning, progress)
     if alpha is not None and beta is not None:
-        for part in _parts(model, finetuning):
-            dr2net.set_coefficients(part, alpha, beta)
+        _set_all(model, finetuning, alpha, beta)
     return alpha, beta
 
 
@@ -124,7 +133,6 @@ def load_trained(model: Model, finetuning: Finetuning, folder: Path) -> dict[str
     checkpoint.load_weights(model, folder)
     state = checkpoint.read_state(folder)
     if state["alpha"] is not None and inverts(finetuning):
-        for part in _parts(model, finetuning):
-            dr2net.set_coefficients(part, state["alpha"], state["beta"])
+        _set_all(model, finetuning, state["alpha"], state["beta"])
     model.eval()
     return state

@@ -87,7 +87,7 @@ def _fit(
 
     # Is there a run already, and may this one go on from it?
     datasets = {name: cast(KeyedDataset, getattr(loaders, name).dataset) for name in ("train", "val")}
-    origin = origin_of(config, datasets, total_steps)
+    origin = origin_of(config, datasets, model.backbone, total_steps)
     saved = folder / "checkpoint"
     resumes = run.resume and checkpoint.exists(saved)
     if run.resume and (finished := finished_record(config, origin.inputs)) is not None:

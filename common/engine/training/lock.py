@@ -24,11 +24,17 @@ _held: set[int] = set()  # descriptors of this process's locks
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. ValueError if another process, or this one, has it already."""
-    make_folder(folder)
+    """Hold the lock of a run folder. ValueError if another process, or this one, has it already; OSError that names the
+    flag if there can be no such folder.
+    """
     path = folder / "lock"
     _let_go_in_children()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        make_folder(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        problem = f"the folder {str(folder)[:300]} cannot be made or written to ({error.strerror})"
+        raise OSError(error.errno, f"--run.output: {problem}; give another") from error
     _held.add(descriptor)
     try:
         try:

