@@ -44,6 +44,14 @@ SOURCES = {
     "webm": ("libvpx-vp9", {"deadline": "realtime", "g": "8"}),
     "mkv": ("libx264", {"g": "12"}),
 }
+INTRO = " ".join(
+    (
+        "Written by `python -m scripts.mutate_files`, which says what the columns mean. `probed` files are those that",
+        "decoders show by concealing the damage, in training too, and only `prepare --probe` names. What no decoder",
+        "sees, a bit that makes another valid stream of an mp4 or webm, shows with `--checksums`; mkv has its own",
+        "checksums.",
+    )
+)
 Damage = Callable[[bytes, np.random.Generator], bytes]
 
 
@@ -282,8 +290,7 @@ def markdown(table: dict[str, Counter]) -> str:
     rows = [[name, str(counts.total()), *(str(counts[o]) for o in OUTCOMES)] for name, counts in sorted(table.items())]
     total = sum(table.values(), Counter())
     rows.append(["all", str(total.total()), *(str(total[o]) for o in OUTCOMES)])
-    intro = "# Damaged files\n\nWritten by `python -m scripts.mutate_files`, which says what the columns mean.\n\n"
-    return intro + markdown_table(["file and damage", "files", *OUTCOMES], rows) + "\n"
+    return f"# Damaged files\n\n{INTRO}\n\n" + markdown_table(["file and damage", "files", *OUTCOMES], rows) + "\n"
 
 
 def main() -> None:

@@ -31,5 +31,5 @@ class Options:
             raise ValueError(f"anchor_every={self.anchor_every} needs inversion='anchored' and a value of at least 1")
         if not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance} must be a positive number, such as 0.001")
-        if self.chunk_mib is not None and not self.chunk_mib > 0:
+        if self.chunk_mib is not None and not 0 < self.chunk_mib < float("inf"):
             raise ValueError(f"chunk_mib={self.chunk_mib} must be a positive number of MiB, or None for whole branches")

@@ -15,6 +15,7 @@ from torch import nn
 
 from dr2net.convert import set_coefficients
 
+MAX_COEFFICIENT = 1e6  # sensible ones are about 1; float32 ends at 1e38
 Path = Literal["together", "alternating", "alpha_first", "beta_first"]
 
 
@@ -24,7 +25,7 @@ class Schedule:
 
     path: "together"; "alternating": in `stages` steps each, alpha and beta in turn, alpha before beta (the authors'
     code); "alpha_first" and "beta_first": one moves in the first half of the way, the other in the second. Raises
-    ValueError for an unknown path, until outside [0, 1], stages < 1.
+    ValueError for an unknown path, until outside [0, 1], stages < 1, coefficients that are not finite or are huge.
     """
 
     start: tuple[float, float] = (7 / 8, 1 / 8)
@@ -36,6 +37,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.path not in get_args(Path):
             raise ValueError(f"path must be one of {get_args(Path)}, not {self.path!r}")
+        if not all(abs(value) < MAX_COEFFICIENT for value in (*self.start, *self.end)):  # so also for NaN
+            raise ValueError(f"start = {self.start} and end = {self.end} must be numbers below {MAX_COEFFICIENT:g}")
         if not 0 <= self.until <= 1 or self.stages < 1:
             raise ValueError(f"until = {self.until} must lie in [0, 1] and stages = {self.stages} be at least 1")
 

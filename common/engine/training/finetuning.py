@@ -45,7 +45,12 @@ def apply_method(model: Model, finetuning: Finetuning) -> None:
         elif finetuning.method == "checkpointed":
             dr2net.checkpoint_blocks(part)
         elif inverts(finetuning):
-            dr2net.convert(part, finetuning.options)
+            try:
+                dr2net.convert(part, finetuning.options)
+            except ValueError as error:
+                if part is model.backbone:
+                    raise
+                raise ValueError(f"--finetuning.also: {error}") from error
     set_coefficients(model, finetuning, 0.0)
 
 
@@ -54,9 +59,12 @@ def _parts(model: Model, finetuning: Finetuning) -> list[nn.Module]:
     parts = [model.backbone]
     for name in finetuning.also:
         try:
-            parts.append(model.get_submodule(name))
+            part = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"--finetuning.also: the model has no part {name!r}") from error
+        if any(part in set(other.modules()) or other in set(part.modules()) for other in parts):
+            raise ValueError(f"--finetuning.also: {name!r} holds, or is in, what the method acts on already")
+        parts.append(part)
     return parts
 
 
