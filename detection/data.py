@@ -199,4 +199,4 @@ def _least_side(data: Data, train: bool) -> int | None:
     """The short side that a picture is resized to at most; None where the scale is a share of the picture's own."""
     if not train:
         return data.test_size
-    return None if data.crop == "window" else max(*data.sizes, *data.crop_sizes)
+    return None if data.crop == "window" else max((*data.sizes, *data.crop_sizes))
