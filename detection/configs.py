@@ -16,7 +16,7 @@ from dr2net import Options
 from engine import config as engine_config
 from engine.config import Finetuning, Method, Optimization, Run
 from engine.rows import rows_of
-from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
+from engine.settings import Count, NotNegative, Range, Settings, Share
 
 SMALL_WEIGHTS = "detection/weights/small.safetensors"  # made by scripts/make_detector_weights.sh
 ENCODER = ("head.transformer.encoder",)
@@ -103,8 +103,10 @@ class Model(Settings):
         None  # a file: a Swin backbone, or a whole detector (ours, official DINO, detrex, mmdetection),
     )
     # of which class layers of another number of classes stay fresh; "imagenet": torchvision's; None: random
-    drop_path: Annotated[float, Range(low=0, below=1)] = 0.0  # stochastic depth of the last block, rising linearly from 0
-    width: Count = 256  # channels of the head
+    drop_path: Annotated[float, Range(low=0, below=1)] = (
+        0.0  # stochastic depth of the last block, rising linearly from 0
+    )
+    width: Annotated[int, Range(low=64)] = 256  # channels of the head
     heads: Count = 8
     feedforward: Count = 2048
     encoder_layers: Count = 6

@@ -134,6 +134,10 @@ def build_dataset(config: Config, split: Split) -> Pictures:
         raise ValueError(
             f"{annotations.file}: no picture to use; check --data.root, the splits and --data.no-keep-empty"
         )
+    if train and all(picture.crowd.all() for picture in pictures):
+        raise ValueError(
+            f"{annotations.file}: none of the {len(pictures)} pictures has a box to train on: are the labels there?"
+        )
     return Pictures(data, annotations, pictures, train=train)
 
 

@@ -10,6 +10,7 @@ from engine.commands import parse_config
 
 WRONG = [
     ("--model.width 100", "--model.width 100"),
+    ("--model.width 32", "--model.width must be at least 64"),
     ("--model.heads 7", "--model.heads 7"),
     ("--model.queries 0", "--model.queries must be at least 1"),
     ("--model.queries 1000000000", "--model.queries must be at least 1 and at most 100000"),
