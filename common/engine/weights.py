@@ -85,8 +85,8 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling raises unrelated types
             reason = str(error).splitlines()[0] if str(error) else "no message"
-            if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words say how to run it all the same
-                reason = f"it holds objects ({found[1]}), which could run code"
+            if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words say how to run it all the same
+                reason = f"it holds objects ({named[1]}), which could run code"
             raise ValueError(
                 f"{path}: not a file of tensors ({type(error).__name__}: {reason}). Download it again, or save its "
                 "state dict as safetensors"
