@@ -18,6 +18,7 @@ import numpy as np
 
 from detection import yolo
 from detection.configs import Data
+from detection.images import MAX_PIXELS
 from detection.pictures import MAX_SIDE, Annotations, Category, Faults, Picture, as_coco, inside, number
 from engine.files import read_json
 
@@ -176,9 +177,10 @@ def _images(
             continue
         known.add(image_id)
         sides: list[Any] = [entry.get(key) for key in ("width", "height")]
-        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
-            faults.leave_out(f"image {image_id} has the width and height {str(sides)[:60]}, not whole numbers above 0")
-        elif not isinstance(name, str) or not name.strip() or "\0" in name:
+        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+            want = f"want whole numbers above 0, at most {MAX_PIXELS} pixels"
+            faults.leave_out(f"image {image_id} has the width and height {str(sides)[:60]}, {want}")
+        elif not isinstance(name, str) or not Path(name).name.strip() or "\0" in name:
             faults.leave_out(f"image {image_id} has the file_name {str(name)[:60]!r}")
         elif Path(name).is_absolute() or ".." in Path(name).parts:
             faults.leave_out(f"image {image_id} has the file_name {name[:60]!r}, which leaves the folder {folder}")

@@ -92,9 +92,13 @@ def load_file(model: "Detector", path: Path, config: Config) -> None:
     _refuse_another_network(kind, config, source)
     state = our_names(state, kind, len(model.head.input_proj), source)
     own = model.state_dict()
-    if config.data.num_classes == len(COCO_IDS):
+    if kind == "official DINO" and config.data.num_classes == len(COCO_IDS):
         state = {key: _of_coco(value) if CLASS_LAYERS.match(key) else value for key, value in state.items()}
-    fresh = [key for key in own if CLASS_LAYERS.match(key) and key in state and state[key].shape != own[key].shape]
+    fresh = [
+        key
+        for key, value in own.items()
+        if CLASS_LAYERS.match(key) and key in state and _differs_in_rows(state[key], value)
+    ]
     refuse_other_kinds(own, state, source)
     load_tensors(model, {**state, **{key: own[key] for key in fresh}}, source)
     _say(source, kind, fresh)
@@ -141,6 +145,9 @@ def _without_copies(state: Tensors, name: str, source: str, *, shared: bool) -> 
     for key, value in state.items():
         if key.startswith(f"head.transformer.decoder.{name}."):
             _refuse_difference(kept, key.replace("transformer.decoder.", ""), value, source)
+    for key in kept:
+        if key.startswith(f"head.{name}.") and not re.fullmatch(rf"head\.{name}\.\d+\..+", key):
+            raise ValueError(f"{source}: has a layer {key.removeprefix('head.')}, which is of another kind of detector")
     numbers = sorted({int(key.split(".")[2]) for key in kept if key.startswith(f"head.{name}.")})
     if not numbers:
         return kept
@@ -184,7 +191,12 @@ def _flag(name: str, value: bool | float) -> str:
 
 def _of_coco(value: torch.Tensor) -> torch.Tensor:
     """Rows by category id (91, or 92 of the embedding) -> the 80 that exist."""
-    return value[COCO_IDS] if len(value) in (91, 92) else value
+    return value[COCO_IDS] if value.dim() and len(value) in (91, 92) else value
+
+
+def _differs_in_rows(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    """Whether a class layer has another number of classes, and nothing else is other."""
+    return theirs.dim() == ours.dim() and theirs.shape[1:] == ours.shape[1:] and len(theirs) != len(ours)
 
 
 def _unwrapped(path: Path) -> Tensors:

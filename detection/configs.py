@@ -16,11 +16,15 @@ from dr2net import Options
 from engine import config as engine_config
 from engine.config import Finetuning, Method, Optimization, Run
 from engine.rows import rows_of
-from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
+from engine.settings import Count, NotNegative, Range, Settings, Share
 
 SMALL_WEIGHTS = "detection/weights/small.safetensors"  # made by scripts/make_detector_weights.sh
 ENCODER = ("head.transformer.encoder",)
 COCO_SIZES = tuple(range(480, 801, 32))
+GROUPS = 32  # of the normalization before the head's encoder; channels are a multiple
+Side = Annotated[int, Range(low=32, high=16384)]  # of what the network sees, pixels; 32 is a token of the coarsest map
+Deviation = Annotated[float, Range(low=0.001, high=1)]
+Zoom = Annotated[float, Range(low=0.01, high=100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +36,41 @@ class Data(engine_config.Data):
     num_classes: Count = 80  # must be what the annotation file has
     train_split: str = "train2017"  # coco: <root>/<split>/*.jpg, <root>/annotations/instances_<split>.json
     test_split: str = "val2017"  # yolo: <root>/images/<split>/*, <root>/labels/<split>/*.txt, <root>/data.yaml
-    sizes: tuple[Count, ...] = COCO_SIZES  # training: the short side becomes one of them, at random
-    max_size: Count = 1333  # of the long side, in training and evaluation
-    test_size: Count = 800  # of the short side
+    sizes: tuple[Side, ...] = COCO_SIZES  # training: the short side becomes one of them, at random
+    max_size: Side = 1333  # of the long side, in training and evaluation
+    test_size: Side = 800  # of the short side
     crop: Literal["detr", "window", "none"] = "detr"  # training. detr: half of the images are first resized to one of
     # `crop_sizes`, cut to a random rectangle, then resized as above; window: cut to a square of `window` pixels at a
     # random scale, turned by quarters and mirrored, for pictures from above; none
-    crop_sizes: tuple[Count, ...] = (400, 500, 600)  # detr: short sides before the cut
-    crop_range: tuple[Count, Count] = (384, 600)  # detr: sides of the cut, pixels
-    window: Count = 256  # window: side of the cut
-    scale: tuple[Positive, Positive] = (0.75, 1.33)  # window: of the picture before the cut
+    crop_sizes: tuple[Side, ...] = (400, 500, 600)  # detr: short sides before the cut
+    crop_range: tuple[Side, Side] = (384, 600)  # detr: sides of the cut, pixels
+    window: Side = 256  # window: side of the cut
+    scale: tuple[Zoom, Zoom] = (0.75, 1.33)  # window: of the picture before the cut
     flip: Share = 0.5  # chance to mirror left and right
     color_jitter: Share = 0.0  # brightness, contrast, saturation in 1 +- this
     repeats: Count = 1  # times that an epoch visits each image, for small sets
     keep_empty: bool = True  # also train on images without a box
     num_images: Count | None = None  # use only the first so many of each split, for quick tries
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)  # of the pretrained weights, for values in [0, 1]
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, empty in (("sizes", not self.sizes), ("crop-sizes", self.crop == "detr" and not self.crop_sizes)):
+            if empty:
+                raise ValueError(f"--data.{name} is empty: give at least one side in pixels")
+        for name, (low, high) in (("crop-range", self.crop_range), ("scale", self.scale)):
+            if low > high:
+                raise ValueError(f"--data.{name} {low:g} {high:g}: give the smaller one first")
+        sizes = {"--data.test-size": self.test_size}
+        if self.crop != "window":
+            sizes["--data.sizes"] = max(self.sizes)
+        for name, side in sizes.items():
+            if self.max_size < side:
+                raise ValueError(
+                    f"--data.max-size {self.max_size} is below {name} {side}: no image's short side could become "
+                    "that long; raise the one or lower the other"
+                )
 
 
 COCO = Data()
@@ -81,24 +103,35 @@ class Model(Settings):
         None  # a file: a Swin backbone, or a whole detector (ours, official DINO, detrex, mmdetection),
     )
     # of which class layers of another number of classes stay fresh; "imagenet": torchvision's; None: random
-    drop_path: Share = 0.0  # stochastic depth of the last block, rising linearly from 0
-    width: Count = 256  # channels of the head
+    drop_path: Annotated[float, Range(low=0, below=1)] = (
+        0.0  # stochastic depth of the last block, rising linearly from 0
+    )
+    width: Annotated[int, Range(low=64)] = 256  # channels of the head
     heads: Count = 8
     feedforward: Count = 2048
     encoder_layers: Count = 6
     decoder_layers: Count = 6
-    extra_levels: Count = 1  # levels of half the size each, after those of the backbone
+    extra_levels: Annotated[int, Range(low=1, high=3)] = 1  # levels of half the size each, after those of the backbone
     points: Count = 4  # sampled per head and level
-    queries: Count = 900  # at most as many as the image has tokens
+    queries: Annotated[int, Range(low=1, high=100_000)] = 900  # at most as many as the image has tokens
     denoising: Annotated[int, Range(low=0)] = 100  # noised boxes per image, 0: none
     max_denoising: Count = 200  # queries for them, however many boxes an image has; what is over is left out at random
     box_noise: NotNegative = 1.0  # the published runs override .4 of the official configuration file
     label_noise: Share = 0.5  # twice the share of labels that are drawn anew
     shared_heads: bool = True  # one class and one box layer for all decoder layers; detrex, mmdetection: one each
-    temperature: Positive = 20.0  # of the encoder's positions; detrex: 10000
+    temperature: Annotated[float, Range(low=1)] = 20.0  # of the encoder's positions; detrex: 10000
     position_offset: float = 0.0  # detrex: -.5
     query_chunk: Count | None = None  # recompute the head: encoder layers in pieces of so many queries, decoder layers
     # as a whole; None: keep all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % GROUPS:
+            raise ValueError(f"--model.width {self.width} is no multiple of {GROUPS}, the groups of its normalization")
+        if self.width % self.heads:
+            raise ValueError(
+                f"--model.heads {self.heads}: a --model.width of {self.width} does not split into so many equal heads"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,6 +134,10 @@ def build_dataset(config: Config, split: Split) -> Pictures:
         raise ValueError(
             f"{annotations.file}: no picture to use; check --data.root, the splits and --data.no-keep-empty"
         )
+    if train and all(picture.crowd.all() for picture in pictures):
+        raise ValueError(
+            f"{annotations.file}: none of the {len(pictures)} pictures has a box to train on: are the labels there?"
+        )
     return Pictures(data, annotations, pictures, train=train)
 
 
@@ -199,4 +203,4 @@ def _least_side(data: Data, train: bool) -> int | None:
     """The short side that a picture is resized to at most; None where the scale is a share of the picture's own."""
     if not train:
         return data.test_size
-    return None if data.crop == "window" else max(*data.sizes, *data.crop_sizes)
+    return None if data.crop == "window" else max((*data.sizes, *data.crop_sizes))

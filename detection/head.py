@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from detection.configs import GROUPS
 from detection.configs import Model as Settings
 from detection.criterion import denoising_loss, matched_losses
 from detection.denoising import Noise, Target, make_denoising
@@ -26,7 +27,6 @@ from engine.detr.padding import resize_padding
 from engine.detr.positions import sine_of_cells
 
 PRIOR = 0.01  # probability of a class at the start
-GROUPS = 32  # of the normalization after the input projections
 
 
 class Detected(NamedTuple):
@@ -43,8 +43,6 @@ class DINOHead(nn.Module):
     def __init__(self, widths: Sequence[int], num_classes: int, settings: Settings) -> None:
         super().__init__()
         own, width = settings, settings.width
-        if width % GROUPS:
-            raise ValueError(f"--model.width {width} does not split into {GROUPS} groups: make it a multiple")
         self.width, self.num_classes = width, num_classes
         self.temperature, self.offset = own.temperature, own.position_offset
         self.noise = Noise(own.denoising, own.max_denoising, own.box_noise, own.label_noise)

@@ -133,14 +133,14 @@ class Results:
 def copies_of(pictures: Sequence[Path], output: Path) -> dict[Path, Path]:
     """Where the annotated copy of each picture goes; never onto a picture, and each to a name of its own."""
     stems = Counter(path.stem for path in pictures)
-    taken = {path.resolve() for path in pictures}
+    taken = {os.path.realpath(path) for path in pictures}  # resolve() dies of a link to itself
     copies = {}
     for path in pictures:
         stem = path.stem if stems[path.stem] == 1 else path.name.replace(".", "_")
         target = output / f"{stem}.png"
-        while target.resolve() in taken:
+        while os.path.realpath(target) in taken:
             target = target.with_stem(f"{target.stem}_annotated")
-        taken.add(target.resolve())
+        taken.add(os.path.realpath(target))
         copies[path] = target
     return copies
 

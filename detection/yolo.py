@@ -11,13 +11,14 @@ Where the folder of a split is not there, the one that data.yaml names for it (t
 
 import math
 import os
+import reprlib
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from detection.configs import Data
-from detection.images import SUFFIXES, BrokenImage, shown_size
+from detection.images import SUFFIXES, shown_size
 from detection.pictures import Category, Faults, Picture, inside
 from engine.files import read_text
 
@@ -33,13 +34,15 @@ def read_classes(file: Path) -> tuple[Category, ...]:
     if isinstance(names, dict):
         keys = sorted(key for key in names if type(key) is int)
         if keys != list(range(len(names))):
-            raise ValueError(f"{file}: the classes have the numbers {str(list(names))[:80]}; {REMEDY}")
+            raise ValueError(f"{file}: the classes have the numbers {reprlib.repr(list(names))[:80]}; {REMEDY}")
         names = [names[key] for key in keys]
     if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
-        raise ValueError(f"{file}: has no list of classes ({str(names)[:60]}); {REMEDY}")
+        raise ValueError(f"{file}: has no list of classes ({reprlib.repr(names)[:60]}); {REMEDY}")
+    if any(isinstance(name, bool) for name in names):
+        raise ValueError(f"{file}: a class is yes, no, on, off, true or false, truth values in YAML: put it in quotes")
     said = table.get("nc", len(names))
     if said != len(names):
-        raise ValueError(f"{file}: has {len(names)} names, but says nc: {str(said)[:40]}; make them agree")
+        raise ValueError(f"{file}: has {len(names)} names, but says nc: {reprlib.repr(said)[:40]}; make them agree")
     return tuple(Category(number, str(name)) for number, name in enumerate(names))
 
 
@@ -47,11 +50,13 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
     """The pictures of a split, at most `num_images`, by their new ids; the header of each file is read for its size.
 
     Raises FileNotFoundError for missing folders; and, or with on_broken="skip" leaves out: a picture that cannot be
-    opened, two pictures of one name, a label file without a picture, a line that is no box.
+    opened or whose label file cannot, two pictures of one name, a label file without a picture, a line that is no box.
+    Hidden files, as ._a.jpg of macOS, are not looked at.
     """
     folder, labels = _folders(data, split)
     with os.scandir(folder) as entries:
-        files = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        names = sorted(entry.name for entry in entries)
+    files = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     stems: dict[str, str] = {}
     for name in files:
         stem = Path(name).stem
@@ -59,19 +64,20 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
             faults.leave_out(f"the pictures {stems[stem]} and {name} in {folder} share the labels {stem}.txt")
         else:
             stems[stem] = name
-    texts = {entry.stem for entry in labels.glob("*.txt")}
-    for stem in sorted(texts - stems.keys() - {"classes"}):  # labelling tools leave a classes.txt
-        faults.leave_out(f"the labels {labels / stem}.txt have no picture in {folder}")
+    texts = {entry.stem: entry for entry in _texts(labels)}
+    for stem in sorted(texts.keys() - stems.keys() - {"classes"}):  # labelling tools leave a classes.txt
+        faults.leave_out(f"the labels {texts[stem]} have no picture in {folder}")
     pictures: dict[int, Picture] = {}
     for number, (stem, name) in enumerate(list(stems.items())[: data.num_images], start=1):
         try:
             height, width = shown_size(folder / name)
-        except (OSError, BrokenImage) as error:
+            lines = read_text(texts[stem], "mend it").splitlines() if stem in texts else []
+        except (OSError, ValueError) as error:
             if data.on_broken == "raise":
                 raise
             faults.leave_out(str(error))
             continue
-        rows = _boxes(labels / f"{stem}.txt", width, height, num_classes, faults) if stem in texts else []
+        rows = _boxes(texts.get(stem, labels), lines, width, height, num_classes, faults)
         boxes = np.array([row[1] for row in rows], dtype=np.float64).reshape(-1, 4)
         pictures[number] = Picture(
             number,
@@ -88,14 +94,19 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
 
 def label_files(data: Data, split: str) -> list[Path]:
     """The text files of a split, sorted: what its boxes stand in. Raises as `read_pictures`."""
-    return sorted(_folders(data, split)[1].glob("*.txt"))
+    return _texts(_folders(data, split)[1])
+
+
+def _texts(folder: Path) -> list[Path]:
+    """What is visible in it and ends in .txt or .TXT, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.name[0] != ".")
 
 
 def _read_table(file: Path) -> dict:
     text = read_text(file, "put a data.yaml there, or set --data.root")
     try:
         table = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:  # !!int ""
         problem = " ".join(str(error).split())[:120]
         raise ValueError(f"{file}: cannot be read as YAML ({problem}); {REMEDY}") from None
     if not isinstance(table, dict):
@@ -117,17 +128,19 @@ def _folders(data: Data, split: str) -> tuple[Path, Path]:
         tried += [(root.joinpath(*parts), root.joinpath(*own))] if parts else []
     for images, labels in tried:
         if images.is_dir():
+            if not labels.is_dir():
+                raise FileNotFoundError(f"{images}: its labels are missing, there is no folder {labels}")
             return images, labels
     places = ", ".join(str(images) for images, _ in tried)
     raise FileNotFoundError(f"{root}: no pictures of the split {split!r}, looked in {places}; set --data.*-split")
 
 
 def _boxes(
-    file: Path, width: int, height: int, num_classes: int, faults: Faults
+    file: Path, lines: list[str], width: int, height: int, num_classes: int, faults: Faults
 ) -> list[tuple[int, tuple[float, ...]]]:
     """Label and box x, y, width, height in pixels of each usable line."""
     rows: list[tuple[int, tuple[float, ...]]] = []
-    for count, line in enumerate(read_text(file, "mend it").splitlines(), start=1):
+    for count, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
             continue

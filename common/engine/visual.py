@@ -64,7 +64,7 @@ def resized(frame: np.ndarray, width: int, height: int | None = None) -> "Image.
 def even_size(width: int, height: int, min_width: int) -> tuple[int, int]:
     """(width, height), enlarged to `min_width` if smaller, both even, as video codecs want them."""
     scale = max(1.0, min_width / width)
-    return 2 * round(scale * width / 2), 2 * round(scale * height / 2)
+    return max(2 * round(scale * width / 2), 2), max(2 * round(scale * height / 2), 2)
 
 
 def draw_bar(

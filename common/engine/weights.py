@@ -11,6 +11,7 @@ that belong to them; complex numbers would lose half of themselves. Nothing here
 checkpoints of runs (`training/checkpoint.py`), key maps of a backbone (`backbones/`).
 """
 
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling raises unrelated types
             reason = str(error).splitlines()[0] if str(error) else "no message"
+            if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words say how to run it all the same
+                reason = f"it holds objects ({named[1]}), which could run code"
             raise ValueError(
                 f"{path}: not a file of tensors ({type(error).__name__}: {reason}). Download it again, or save its "
                 "state dict as safetensors"
@@ -93,6 +96,10 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"keys {list(state)[:6]}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: no state dict of tensors but {found}; save the state dict alone as safetensors")
+    if odd := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"{path}: has names that are no words ({str(odd[0])[:40]}); save a state dict of a model")
+    if odd := [key for key, value in state.items() if not _is_plain(value)]:
+        raise ValueError(f"{path}: sparse, nested or without values: {_some(odd)}; save dense tensors")
     return state
 
 
@@ -169,10 +176,15 @@ def refuse_non_finite(weights: Tensors, source: str) -> None:
 
 
 def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
-    if theirs.layout != torch.strided or theirs.is_meta:
+    if not _is_plain(theirs):
         return False
     kind = next((kind for kind in (FLOATS, INTEGERS) if ours.dtype in kind), (ours.dtype,))
     return theirs.dtype in kind
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has a shape and a value in each place, as most operations want."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def _explain(coverage: Coverage) -> str:
@@ -191,7 +203,7 @@ def _explain(coverage: Coverage) -> str:
         if all_heads and len(heads) == 1 and not coverage.missing and not coverage.unused:
             (theirs,), (ours,) = heads.pop()
             parts.append(
-                f"checkpoint has {theirs} classes, the model {ours}; "
+                f"if this is the class layer, the checkpoint has {theirs} classes, the model {ours}; "
                 f"set the number of classes to {theirs}, or train a new head for {ours}"
             )
     if coverage.loaded == 0:

@@ -8,7 +8,9 @@ from engine.data import busy
 
 
 def hang(kind: str, name: str) -> None:
-    """pipe: waits for a writer that never comes; deaf: hears no signal; slow: longer than tests are patient."""
+    """pipe: waits for a writer that never comes; deaf: hears no signal; slow: longer than tests are patient; works:
+    so too, and the processor with it.
+    """
     if kind == "pipe":
         open(name, "rb").close()
     elif kind == "deaf":
@@ -18,6 +20,10 @@ def hang(kind: str, name: str) -> None:
         for _ in range(15):
             time.sleep(0.2)
             busy.alive()
+    elif kind == "works":
+        started = time.monotonic()
+        while time.monotonic() - started < 4:
+            sum(range(1000))
     elif kind == "die":
         os._exit(1)
 

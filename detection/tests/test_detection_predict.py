@@ -24,6 +24,7 @@ from detection.images import BrokenImage
 from detection.predict import Arguments, Results, annotate, detect, predict
 from detection.tests.toy_pictures import PICTURES, draw, write_coco
 from engine.data.video import BrokenVideo, probe, read_frames, write_frames
+from engine.visual import even_size
 
 Work = tuple[Config, torch.nn.Module]
 
@@ -304,3 +305,19 @@ def test_pictures_of_any_size_are_taken(world, tmp_path, size):
 
 def test_boxes_of_a_label_are_tuples_of_pixels():
     assert Box(1, 0.5, 2, 3, 4, 5)[2:] == (2, 3, 4, 5)
+
+
+def test_a_link_to_itself_in_a_folder_is_named_and_left_out(world, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "good.png", 40, 30, [[0, 0, 20, 20]])
+    (tmp_path / "in" / "loop.png").symlink_to(tmp_path / "in" / "loop.png")
+    predict(*world, asked(tmp_path / "in", tmp_path / "out"))
+    assert "1 of 2 pictures skipped: loop.png" in capsys.readouterr().out
+
+
+def test_a_video_of_one_row_of_pixels_has_a_copy(world, tmp_path):
+    frame = np.full((2, 2000, 3), 255, np.uint8)
+    write_frames(tmp_path / "row.mp4", (frame for _ in range(2)), 5.0)
+    copy, _ = predict(*world, asked(tmp_path / "row.mp4", tmp_path / "out"))
+    assert probe(copy).width == 2000
+    assert even_size(2000, 1, 480) == (2000, 2)

@@ -232,3 +232,47 @@ def test_objects_of_another_program_are_not_unpickled(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "meta": Path("x")}, tmp_path / "meta.pth")
     with pytest.raises(ValueError, match="not a file of tensors"):
         load_file(build_model(config_of()), tmp_path / "meta.pth", config_of())
+
+
+CLASSES = "head.class_embed.0.weight"
+OFFICIAL = {"transformer.x": torch.zeros(1), "class_embed.0.weight": torch.zeros(2)}
+HOSTILE = {
+    "a name that is a number": (lambda own: {**own, 3: torch.zeros(1)}, "names that are no words"),
+    "a class layer that is one number": (lambda own: {**own, CLASSES: torch.tensor(1.0)}, CLASSES),
+    "a class layer of another width": (lambda own: {**own, CLASSES: torch.zeros(5, 31)}, CLASSES),
+    "a tensor of lists": (lambda own: {**own, CLASSES: torch.nested.nested_tensor([torch.zeros(2)])}, CLASSES),
+    "a sparse copy": (lambda own: {**OFFICIAL, "class_embed.1.weight": torch.zeros(2).to_sparse()}, "class_embed.1"),
+    "a copy without values": (
+        lambda own: {**OFFICIAL, "class_embed.1.weight": torch.zeros(2, device="meta")},
+        "embed.1",
+    ),
+    "plain DETR": (lambda own: {"transformer.x": torch.zeros(1), "class_embed.weight": torch.zeros(2)}, "another kind"),
+    "a layer without a name": (
+        lambda own: {"transformer.x": torch.zeros(1), "class_embed.0": torch.zeros(2)},
+        "another",
+    ),
+    "a merging of three": (lambda own: {"stages.0.downsample.reduction.weight": torch.zeros(3, 5)}, "does not fit"),
+    "a merging of nothing": (lambda own: {"stages.0.downsample.norm.weight": torch.tensor(1.0)}, "does not fit"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about layouts that nobody uses
+def test_hostile_files_are_one_line_and_change_nothing(tmp_path: Path) -> None:
+    config = config_of(5)
+    model = random_detector(config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for name, (make, said) in HOSTILE.items():
+        torch.save(make(before), tmp_path / "bad.pth")
+        with pytest.raises(ValueError, match=re.escape(said)) as error:
+            load_file(model, tmp_path / "bad.pth", config)
+        assert "bad.pth" in str(error.value), name
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
+
+
+def test_an_own_detector_of_91_classes_is_not_taken_for_category_ids(tmp_path: Path, capsys) -> None:
+    write_tensors(random_detector(config_of(91)).state_dict(), tmp_path / "own.safetensors")
+    model = build_model(config_of(80))
+    before = model.head.class_embed[0].weight.clone()
+    load_file(model, tmp_path / "own.safetensors", config_of(80))
+    assert torch.equal(model.head.class_embed[0].weight, before)
+    assert "fresh: head.class_embed.0.weight" in capsys.readouterr().out

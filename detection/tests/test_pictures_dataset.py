@@ -196,3 +196,24 @@ def test_a_picture_of_ones_own_becomes_a_sample_by_the_test_rule(data):
     own = sample_of_image(data, read_image(data.root / "val2017" / "a.jpg"), "a.jpg")
     assert torch.equal(own["image"], tested["image"]) and own["original_size"] == tested["original_size"]
     assert own.keys() == tested.keys() and collate([own])["num_targets"] == 0.0
+
+
+def test_a_picture_said_to_be_larger_than_memory_is_left_out(tmp_path):
+    content = coco_of()
+    content["images"][0] |= {"width": 1_000_000, "height": 1_000_000}
+    data = write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match="image 7 has the width and height"):
+        build_dataset(config_of(data), "test")
+    with pytest.warns(UserWarning, match="image 7 has the width and height"):
+        dataset = build_dataset(config_of(replace(data, on_broken="skip")), "test")
+    assert len(dataset) == 2
+
+
+def test_training_without_any_box_is_refused(tmp_path):
+    content = coco_of()
+    for one in content["annotations"]:
+        one["iscrowd"] = 1
+    for annotations in (content["annotations"], []):
+        data = write_coco(tmp_path, content | {"annotations": annotations})
+        with pytest.raises(ValueError, match="none of the 3 pictures has a box to train on"):
+            build_dataset(config_of(data), "train")

@@ -1,6 +1,8 @@
 """Data in YOLO's form: classes, folders, lines of boxes, pictures of unlike suffix, and what is odd in them."""
 
+import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -218,3 +220,59 @@ def test_a_run_notices_when_a_label_changes(data):
     before = word()
     labels_of(data).write_text("0 0.5 0.5 0.2 0.2\n")
     assert before.startswith("3 samples") and before != word()
+
+
+def test_labels_that_are_not_there_are_no_empty_pictures(data):
+    shutil.rmtree(data.root / "labels" / "train")
+    with pytest.raises(FileNotFoundError, match=r"its labels are missing, there is no folder .*labels/train"):
+        read_annotations(data, "train")
+    (data.root / "labels" / "train").mkdir()
+    with pytest.raises(ValueError, match="none of the 3 pictures has a box to train on"):
+        build_dataset(config_of(data), "train")
+
+
+def test_labels_of_capital_suffix_count_and_hidden_files_do_not(data):
+    labels_of(data).rename(labels_of(data).with_suffix(".TXT"))
+    (data.root / "images" / "train" / "._a.jpg").write_bytes(b"mac")
+    (data.root / "labels" / "train" / "._a.txt").write_bytes(b"mac")
+    found = read_annotations(data, "train")
+    assert [len(p.labels) for p in found.pictures.values()] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "latin", "dangling"])
+def test_labels_that_cannot_be_read_are_named_or_left_out_with_their_picture(data, kind):
+    file = labels_of(data)
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "latin":
+        file.write_bytes(b"\xff\xfe")
+    else:
+        file.symlink_to("/nowhere/at/all")
+    with pytest.raises((OSError, ValueError), match=r"a\.txt"):
+        read_annotations(data, "train")
+    with pytest.warns(UserWarning, match=r"1 entries left out: .*a\.txt"):
+        found = read_annotations(replace(data, on_broken="skip"), "train")
+    assert [p.path.name for p in found.pictures.values()] == ["b.PNG", "c.bmp"]
+
+
+TENFOLD = "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in pairwise("abcdefghij"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'names: !!int ""',
+        'names: !!float ""',
+        "names: !!bool x",
+        "names: !!timestamp x",
+        "names: [yes, no]",
+        f"a: &a [x]\n{TENFOLD}names: *j",
+        f"a: &a [x]\n{TENFOLD}names: [a, b]\nnc: *j",
+    ],
+)
+def test_a_hostile_list_of_classes_is_one_short_line_at_once(data, text):
+    (data.root / "data.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"data\.yaml: ") as error:
+        read_categories(data)
+    assert len(str(error.value)) < 400 + len(str(data.root))

@@ -170,7 +170,7 @@ def _microsoft_names(state: Tensors) -> Tensors:
         if key.endswith("downsample.reduction.weight"):
             value = _merged_order(value)
         elif ".downsample.norm." in key:
-            value = _merged_order(value[None])[0]
+            value = _merged_order(value[None])[0] if value.dim() == 1 else value
         for theirs, ours in names.items():
             key = key.replace(theirs, ours)
         renamed[key] = value
@@ -179,6 +179,8 @@ def _microsoft_names(state: Tensors) -> Tensors:
 
 def _merged_order(weight: Tensor) -> Tensor:
     """(o, 4 c) of unfold's channels (c, row, column) -> Swin's tokens (0, 0), (1, 0), (0, 1), (1, 1), each c long."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return weight  # of no merging: its shape will be named
     out, four = weight.shape
     return weight.reshape(out, four // 4, 4)[..., torch.tensor([0, 2, 1, 3])].transpose(1, 2).reshape(out, four)
 

@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-PATIENCE = 120.0  # seconds of one job or sample without a sign of life; the slowest honest ones take a tenth
+PATIENCE = 120.0  # seconds of one job or sample without a sign of life, nor work of the processor for it
+SLACK = 5  # times as long where the processor works: a big file on a busy machine, or a loop without an end
 INTERVAL = 1.0  # seconds between looks
 FIELDS = 3  # of a worker's line: its process, the signs of life that it gave, 1 + the number of its job (0: at none)
 
@@ -81,22 +82,36 @@ class Watch:
 
     def __init__(self, board: Board, patience: float | None = None) -> None:
         self.board, self.patience = board, PATIENCE if patience is None else patience
-        self.seen = [(0, 0.0)] * board.workers  # signs of life, and for how long there were no more
+        # Per worker: its signs of life, for how long there were no more; its work, for how long there was no more.
+        self.seen = [(0, 0.0, 0, 0.0)] * board.workers
         self.last = time.monotonic()
 
     def look(self) -> list[Hung]:
-        """To be called about every INTERVAL: the jobs that have not moved for `patience` seconds."""
+        """To be called about every INTERVAL: the jobs without a sign of life for `patience` seconds, or for SLACK times
+        as long while the processor works for them.
+        """
         now = time.monotonic()
         passed, self.last = min(now - self.last, 3 * INTERVAL), now  # more: this process did not run itself
         hung = []
         for worker in range(self.board.workers):
             process, signs, job = self.board.lines[FIELDS * worker : FIELDS * (worker + 1)]
-            before, waited = self.seen[worker]
-            waited = waited + passed if job and signs == before else 0.0
-            self.seen[worker] = signs, waited
-            if waited >= self.patience:
+            signs_before, waited, work_before, rested = self.seen[worker]
+            work = ticks(process)
+            waited = waited + passed if job and signs == signs_before else 0.0
+            rested = min(rested + passed, waited) if work == work_before else 0.0
+            self.seen[worker] = signs, waited, work, rested
+            if rested >= self.patience or waited >= SLACK * self.patience:
                 hung.append(Hung(process, job - 1, self.board.files[worker].value.decode(errors="replace")))
         return hung
+
+
+def ticks(process: int) -> int:
+    """Processor time that a process has had, in the system's units; 0 where that is not told."""
+    try:
+        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return int(words[11]) + int(words[12])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def kill(hung: list[Hung]) -> None:
@@ -121,12 +136,24 @@ def limited(what: object, patience: float | None = None) -> Iterator[None]:
         return
     seconds = PATIENCE if patience is None else patience
 
+    work, extensions = time.process_time(), 0
+
     def late(*_: object) -> None:
-        raise _Late
+        nonlocal work, extensions
+        now = time.process_time()
+        if now - work < 0.01 or extensions == SLACK - 1:
+            raise _Late
+        work, extensions = now, extensions + 1
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def sign(_: str) -> None:
+        nonlocal extensions
+        extensions = 0
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    _signs.append(lambda file: signal.setitimer(signal.ITIMER_REAL, seconds) and None)
+    _signs.append(sign)
     try:
         yield
     except _Late:

@@ -17,6 +17,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from engine.data.busy import alive
+
 Turn = tuple[int, int, int, int]
 UPRIGHT: Turn = (1, 0, 0, 1)
 MAX_PART = 1 << 20  # bytes of a header part that is read whole; real ones have a few hundred
@@ -195,6 +197,7 @@ def _look_matroska(file: BinaryIO, size: int) -> Structure:
             at, end = body, stop
             continue
         if kind == CLUSTER and length <= MAX_CLUSTER:
+            alive()
             file.seek(body)
             content = file.read(length)
             if not _is_cluster(content, tracks):

@@ -95,6 +95,8 @@ def _walk_stream(
     timed, closed = "avi" not in container.format.name and not structure.fragmented, True
     with blamed_on(path, "is cut short or damaged"):
         for packet in container.demux(stream):
+            if len(times) % 50 == 0:
+                alive()  # a big file on a slow disk
             if not packet.size:
                 continue
             if packet.is_discard:

@@ -43,6 +43,16 @@ def test_a_job_that_takes_long_and_says_so_is_waited_for():
     assert run_jobs(job, [("slow", "a"), ("quick", "b")], workers=2) == ["a", "b"]
 
 
+@pytest.mark.slow
+def test_a_job_for_which_the_processor_works_is_given_more_time_but_not_for_ever(monkeypatch):
+    for workers in (1, 2):
+        assert run_jobs(job, [("works", "a"), ("quick", "b")], workers=workers, chunk=1) == ["a", "b"]
+    monkeypatch.setattr(busy, "SLACK", 1)
+    for workers in (1, 2):
+        with pytest.raises(TimeoutError, match="a.*not done after 2 s"):
+            run_jobs(job, [("works", "a"), ("quick", "b")], workers=workers, chunk=1)
+
+
 def test_many_jobs_keep_their_order_and_each_is_told(tmp_path):
     told = []
     found = run_jobs(job, [("quick", str(k)) for k in range(50)], workers=2, on_done=lambda: told.append(1), chunk=4)
