@@ -23,6 +23,7 @@ from engine.rows import rows_of
 from engine.settings import Count, NotNegative, Positive, Settings, Share
 
 TINY_WEIGHTS = "action_recognition/weights/tiny.safetensors"  # an image and video ViT: blocks that never saw a point
+AROUND = "pointcloud/weights/rooms.safetensors"  # of pointcloud/pretrain.py; not made yet
 NUM_FEATURES = 7  # of a point: position in the crop, color, height
 
 

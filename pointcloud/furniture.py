@@ -72,22 +72,30 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class FurnishAreas:
-    """What puts furniture into the rooms of an area: test models into Area_5, others of `group` elsewhere."""
+    """What puts furniture into the rooms of an area: models of the group `test` into Area_5, of `group` elsewhere."""
 
     group: str = "train"
-    title: str = "sweethome3d-furniture 1.8, models split by class"
+    test: str = "test"
+
+    @property
+    def title(self) -> str:
+        """What the rooms are furnished with, for their stamp."""
+        return f"sweethome3d-furniture 1.8, models of {self.group}, in Area_5 of {self.test}"
 
     def __call__(self, area: str) -> Furnish:
-        models = load_models()["test" if area == "Area_5" else self.group]
+        models = load_models()[self.test if area == "Area_5" else self.group]
         return lambda room, rng: furnish(room, models, rng)
 
 
-def write_furnished(root: Path, synthetic: Synthetic = ROOMS, *, workers: int = 1) -> None:
-    """Write the laptop rooms and the licenses of their furniture. Errors as `load_models`."""
+def write_furnished(
+    root: Path, synthetic: Synthetic = ROOMS, furnish: "FurnishAreas | None" = None, *, workers: int = 1
+) -> None:
+    """Write the laptop rooms, or others, and the licenses of their furniture. Errors as `load_models`."""
     load_models()
     total = sum(map(len, synthetic.rooms().values()))
+    areas = furnish or FurnishAreas()
     prepare_files(
-        root, total, "rooms", lambda done: write_dataset(root, synthetic, FurnishAreas(), workers=workers, on_done=done)
+        root, total, "rooms", lambda done: write_dataset(root, synthetic, areas, workers=workers, on_done=done)
     )
     write_text(root / "FURNITURE-LICENSES.txt", licenses())
 

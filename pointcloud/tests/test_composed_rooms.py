@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from engine.commands import Preparation
 from engine.data.check import Check
-from pointcloud import furniture, prepare
+from pointcloud import furniture, prepare, pretrain
 from pointcloud.configs import ROOMS_TINY, Data
+from pointcloud.model import build_model
 from pointcloud.s3dis import CLASSES, find_rooms, load_room
 from pointcloud.synthetic import Synthetic, Thing, compose_room, furnish_with_boxes, write_dataset
 
@@ -163,3 +165,20 @@ def test_a_damaged_library_is_named(tmp_path):
     (tmp_path / "a.sh3f").write_bytes(b"PK\x03\x04nothing")
     with pytest.raises(ValueError, match="a.sh3f: cannot be read as a furniture library"):
         furniture.models_of(tmp_path / "a.sh3f")
+
+
+def test_pretraining_keeps_all_but_the_blocks_and_is_loaded_back(tmp_path):
+    config = pretrain.config_of(3, tmp_path, tmp_path)
+    assert config.finetuning.method == "frozen" and config.data.samples_per_epoch == 24
+    small = replace(config.model, name="tiny", weights=None, depth=None, channels=(8, 16), decoder_width=16)
+    config = replace(config, model=small)
+    first = build_model(config)
+    pretrain.write_around(first, tmp_path / "around.safetensors")
+    torch.manual_seed(5)
+    second = build_model(replace(config, model=replace(small, around=tmp_path / "around.safetensors")))
+    for key, value in second.state_dict().items():
+        is_block = key.startswith("backbone.")
+        assert torch.allclose(value, first.state_dict()[key], atol=1e-3) != is_block or value.std() == 0, key
+    wrong = replace(config, model=replace(small, channels=(8, 24), around=tmp_path / "around.safetensors"))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        build_model(wrong)

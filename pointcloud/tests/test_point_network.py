@@ -16,7 +16,7 @@ from pointcloud import pix4point
 from pointcloud.configs import ROWS
 from pointcloud.head import Stage, Tokenizer, gather
 from pointcloud.model import build_model, example_batch
-from pointcloud.tests.toy_rooms import tiny_config, write_rooms
+from pointcloud.tests.toy_rooms import official, tiny_config, write_rooms
 
 
 def network(method="conventional", *, seed=0, **model):
@@ -172,33 +172,6 @@ def test_tokens_enter_with_the_scale_that_the_row_says():
     _, features = model.tokenizer(noisy_batch(config))
     tokens = model.token_scale(model.proj(features[-1]))
     assert tokens.std().item() == pytest.approx(0.13, rel=0.02)
-
-
-def official(model):
-    """The state dict of `model` as the authors' code would have saved it: built from the names in its classes."""
-    state = {}
-    for key, value in model.state_dict().items():
-        parts = key.split(".")
-        if parts[0] in ("cls_token", "cls_pos", "norm"):
-            name = f"encoder.{key}"
-        elif parts[0] == "pos_embed":
-            name = f"encoder.pos_embed.{'0.0' if parts[1] == '0' else '1'}.{parts[2]}"
-        elif parts[0] == "backbone":
-            name = f"encoder.{'.'.join(parts[1:])}"
-        elif parts[0] == "tokenizer":
-            place = {ours: theirs for theirs, ours in pix4point.LAYERS.items()}[parts[3]]
-            name = f"encoder.patch_embed.convs.{parts[2]}.{place}.{parts[4]}"
-            value = value[..., None, None] if value.dim() == 2 else value
-        elif parts[1] == "propagations":
-            place = {"first": "0.0", "first_norm": "0.1", "second": "1.0", "second_norm": "1.1"}[parts[3]]
-            name = f"decoder.decoder.{parts[2]}.0.convs.{place}.{parts[-1]}"
-            value = value[..., None] if value.dim() == 2 else value
-        else:
-            place = {"hidden": "0.0", "norm": "0.1", "linear": "2.0"}[parts[2]]
-            name = f"head.head.{place}.{parts[3]}"
-            value = value[..., None] if value.dim() == 2 else value
-        state[name] = value.clone()
-    return state
 
 
 def paper_network():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pointcloud import data, evaluate
+from pointcloud import data, evaluate, pix4point
+from pointcloud.model import build_model
 from pointcloud.s3dis import CLASSES
-from pointcloud.tests.toy_rooms import WIDE, tiny_config, write_rooms
+from pointcloud.tests.toy_rooms import WIDE, official, tiny_config, write_rooms
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,20 @@ def test_the_file_has_the_iou_of_each_class_and_names_absent_ones(root, tmp_path
     assert content["IoU"]["ceiling"] is None and content["IoU"]["chair"] > 50
     assert "sofa" in content["absent"] and content["rooms"] == ["Area_5/office_1", "Area_5/office_2"]
     assert np.array(content["confusion"]).sum() == 360
+
+
+def test_the_authors_checkpoint_is_scored_by_one_command(root, tmp_path, monkeypatch, capsys):
+    config = tiny_config(root)
+    model = replace(config.model, weights=None, channels=(8, 128), token_scale=None, decoder_norm="batch")
+    config = replace(config, model=replace(model, decoder_width=None))
+    torch.manual_seed(0)
+    network = build_model(config, pretrained=False)
+    torch.save({"model": official(network)}, tmp_path / "pix4point.pth")
+    monkeypatch.setattr(pix4point, "find_row", lambda rows, name: config)
+    words = ["--weights", str(tmp_path / "pix4point.pth"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    pix4point._main(words)
+    said = capsys.readouterr().out
+    assert "pix4point.pth: mIoU" in said and (tmp_path / "out" / "scores.json").is_file()
+    rows, truth = evaluated(config, network.eval())
+    content = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert content["mIoU"] == pytest.approx(evaluate.score(rows, truth, config)["mIoU"])

@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor, nn
 
+from pointcloud import pix4point
 from pointcloud.configs import ROWS, Config
 from pointcloud.s3dis import CLASSES
 
@@ -44,3 +46,30 @@ def tiny_config(root: Path, method: str = "conventional", **data: object) -> Con
 
 def label_of(name: str) -> int:
     return CLASSES.index(name)
+
+
+def official(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of `model` as the authors' code would have saved it: built from the names in its classes."""
+    state = {}
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        if parts[0] in ("cls_token", "cls_pos", "norm"):
+            name = f"encoder.{key}"
+        elif parts[0] == "pos_embed":
+            name = f"encoder.pos_embed.{'0.0' if parts[1] == '0' else '1'}.{parts[2]}"
+        elif parts[0] == "backbone":
+            name = f"encoder.{'.'.join(parts[1:])}"
+        elif parts[0] == "tokenizer":
+            place = {ours: theirs for theirs, ours in pix4point.LAYERS.items()}[parts[3]]
+            name = f"encoder.patch_embed.convs.{parts[2]}.{place}.{parts[4]}"
+            value = value[..., None, None] if value.dim() == 2 else value
+        elif parts[1] == "propagations":
+            place = {"first": "0.0", "first_norm": "0.1", "second": "1.0", "second_norm": "1.1"}[parts[3]]
+            name = f"decoder.decoder.{parts[2]}.0.convs.{place}.{parts[-1]}"
+            value = value[..., None] if value.dim() == 2 else value
+        else:
+            place = {"hidden": "0.0", "norm": "0.1", "linear": "2.0"}[parts[2]]
+            name = f"head.head.{place}.{parts[3]}"
+            value = value[..., None] if value.dim() == 2 else value
+        state[name] = value.clone()
+    return state
