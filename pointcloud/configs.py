@@ -102,7 +102,9 @@ ROOMS = Data(
     neighbors=16,
     samples_per_epoch=1200,
 )
-ROOMS_TINY = replace(ROOMS, root=Path("data/rooms_tiny"), num_points=1024, samples_per_epoch=320)
+ROOMS_TINY = replace(
+    ROOMS, root=Path("data/rooms_tiny"), num_points=1024, samples_per_epoch=320, contrast=0.0, color_drop=0.0
+)
 BOTH = ("tokenizer", "decoder")  # the parts that hold more activations than the transformer
 CHUNKED = Options(tolerance=1e-2, chunk_mib=64)
 
@@ -112,13 +114,13 @@ def rooms_tiny(method: Method) -> Config:
 
     python -m pointcloud.prepare --preset tiny && python -m pointcloud.train rooms_tiny_dr2net
     Nothing is downloaded. 1024 points make 64 tokens, which enter with the size of that ViT's patches, 1.8. A test of
-    the machinery: 80 steps teach floors, ceilings and walls. In 40 steps the loss came to 1.74 (1.77 at a rate of 1e-3;
-    1.61 without dropout and changes of color: not taken over yet, since no Record has it).
+    the machinery: 80 steps teach floors, ceilings and walls. Without dropout and changes of color the loss came to 1.61
+    in 40 steps, with them to 1.74.
     """
     return Config(
         preset="tiny",
         data=ROOMS_TINY,
-        model=Model(channels=(32, 64), token_scale=1.8, decoder_width=64, decoder_norm="layer", hidden=64, dropout=0.1),
+        model=Model(channels=(32, 64), token_scale=1.8, decoder_width=64, decoder_norm="layer", hidden=64, dropout=0.0),
         optimization=Optimization(
             epochs=2,
             warmup_epochs=0.2,
