@@ -3,6 +3,9 @@
 #   bash scripts/make_detector_weights.sh [--minutes 45 | --steps N]
 # Needed only to change the small detector. Every run with the same steps on the same machine gives the same weights. A
 # run that was killed goes on when the command is repeated.
+# The committed ones were made in two parts, the second from the weights of the first:
+#   bash scripts/make_detector_weights.sh --steps 2600 --copies 0 --precision fp32 --output runs/first.safetensors
+#   bash scripts/make_detector_weights.sh --steps 2000 --start runs/first.safetensors
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/python.sh
