@@ -33,7 +33,10 @@ __all__ = [
     "read_with_faults",
 ]
 
-REMEDY = "get it with scripts/download_coco.sh, mend it, or set --data.root and the splits"
+REMEDY = (
+    "get it with scripts/download_coco.sh, mend it, or say where yours is: --data.root, --data.train-split and "
+    "--data.test-split (of prepare: --root, --train-split, --test-split)"
+)
 UNUSED = ("segmentation", "coco_url", "flickr_url", "date_captured")  # most of the file's size
 FORM = "want the form of COCO's instances_*.json"
 # Tables and keys of the other files that stand in COCO's annotation folder.

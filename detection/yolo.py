@@ -132,7 +132,10 @@ def _folders(data: Data, split: str) -> tuple[Path, Path]:
                 raise FileNotFoundError(f"{images}: its labels are missing, there is no folder {labels}")
             return images, labels
     places = ", ".join(str(images) for images, _ in tried)
-    raise FileNotFoundError(f"{root}: no pictures of the split {split!r}, looked in {places}; set --data.*-split")
+    raise FileNotFoundError(
+        f"{root}: no pictures of the split {split!r}, looked in {places}; name the folders that are there with "
+        "--data.train-split and --data.test-split (of prepare: --train-split, --test-split), such as train and val"
+    )
 
 
 def _boxes(

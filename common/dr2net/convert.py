@@ -204,8 +204,8 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
         listed = "\n  ".join(refused[:12]) or "it holds no nn.Sequential or nn.ModuleList of blocks"
         raise ValueError(
             f"nothing in {type(model).__name__} can be made reversible:\n  {listed}\n"
-            "Register the branches of your block type with dr2net.branches_of.register; the blocks must stand in an "
-            "nn.Sequential, nn.ModuleList or nn.ModuleDict"
+            "Register the branches of your block type with dr2net.branches_of.register (an example: "
+            "help('dr2net.branches')); the blocks must stand in an nn.Sequential, nn.ModuleList or nn.ModuleDict"
         )
     return found, elsewhere
 

@@ -92,7 +92,7 @@ def test_both_ways_to_lay_out_folders_are_read(tmp_path, form):
 
 
 def test_a_split_that_is_nowhere_names_the_places(data):
-    with pytest.raises(FileNotFoundError, match=r"'train2017', looked in .*images/train2017.*set --data.\*-split"):
+    with pytest.raises(FileNotFoundError, match=r"'train2017', looked in .*images/train2017.*--data.test-split"):
         read_annotations(replace(data, train_split="train2017"), "train")
 
 

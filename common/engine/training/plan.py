@@ -56,8 +56,12 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
 def publish_plan(record: Record, folder: Path) -> Path:
     """Write it to `folder`/<task>/<row>.json. ValueError if a real run is there: a prediction never replaces one."""
     path = folder / record.task / f"{record.row}.json"
+    said = f"{record.row}: predicted peak {memory.format_bytes(record.memory['peak'])}"
     if path.exists() and any(run.status != "not run" for run in read_row(path)):
-        raise ValueError(f"{path} holds real runs, which a prediction must not replace; delete it first if you mean to")
+        raise ValueError(
+            f"{said}, not written: {path} holds real runs, which a prediction must not replace; to keep the prediction "
+            "in their place delete that file first"
+        )
     (written,) = publish([record], folder)
-    print(f"{record.row}: predicted peak {memory.format_bytes(record.memory['peak'])}, {written}", file=sys.stdout)
+    print(f"{said}, {written}", file=sys.stdout)
     return written
