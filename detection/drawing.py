@@ -37,7 +37,8 @@ class Box(NamedTuple):
 def draw_boxes(image: np.ndarray, boxes: Sequence[Box], names: Sequence[str], width: int, height: int) -> "Image.Image":
     """The picture, uint8 (H, W, 3), resized to width and height, with its boxes, best first in `boxes`, on top in it.
 
-    A label stands above its box, else inside, else below; where better ones are in all these places, it is left out.
+    A label stands above its box, else inside, else below (of a box that it would hide: below, else inside); where
+    better ones are in all these places, it is left out.
     """
     from PIL import ImageDraw, ImageFont
 
@@ -53,7 +54,9 @@ def draw_boxes(image: np.ndarray, boxes: Sequence[Box], names: Sequence[str], wi
         text = f"{shorten(names[box.label])} {box.score:.0%}"
         text_width = draw.textlength(text, font=font) + 2 * MARGIN
         left = max(min(corners[0], width - text_width), 0.0)
-        tops = (corners[1] - text_height, corners[1], corners[3])
+        within, below = corners[1], corners[3]
+        hidden = corners[3] - corners[1] < 2 * text_height
+        tops = (corners[1] - text_height, *((below, within) if hidden else (within, below)))
         free = [(left, top, left + text_width, top + text_height) for top in tops if 0 <= top <= height - text_height]
         place = next((one for one in free if not any(_overlap(one, other) for other in taken)), None)
         if place is not None:

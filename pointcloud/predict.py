@@ -100,15 +100,16 @@ def draw(path: Path, xyz: np.ndarray, before: np.ndarray, label: np.ndarray, nam
     colors = [before[chosen] / 255, COLORS[label[chosen]] / 255]
     low = points[:, 2] < 2.2
     inside = low if low.any() else np.ones_like(low)
+    size = float(np.clip(60_000 / max(len(points), 1), 1.0, 20.0))  # of a marker: few points are to be seen as well
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     for column, (color, what) in enumerate(zip(colors, ("before", "after"), strict=True)):
         above = figure.add_subplot(2, 2, 1 + column, aspect="equal")
         order = np.flatnonzero(inside)[np.argsort(points[inside, 2], kind="stable")]
-        above.scatter(points[order, 0], points[order, 1], c=color[order], s=1.5, linewidths=0)
+        above.scatter(points[order, 0], points[order, 1], c=color[order], s=1.5 * size, linewidths=0)
         above.set(title=f"{what}, from above", xlabel="x in m", ylabel="y in m")
         space = figure.add_subplot(2, 2, 3 + column, projection="3d")
-        space.scatter(*points[inside].T, c=color[inside], s=1.0, linewidths=0)
+        space.scatter(*points[inside].T, c=color[inside], s=size, linewidths=0)
         space.set(title=f"{what}, in perspective")
         space.set_box_aspect(np.maximum(np.ptp(points, axis=0), 1e-3))
     there = [k for k in range(len(names)) if (label == k).any()]

@@ -122,7 +122,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The scalar part of a checkpoint, without its tensors."""
     path = folder / "state.json"
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint in {folder} (no state.json); give the `checkpoint` folder of a run")
+        remedy = "give the folder of a run, or its `checkpoint`"
+        raise FileNotFoundError(f"no checkpoint in {folder} (no state.json); {remedy}")
     if path.stat().st_size > MAX_STATE_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes is too large to be the state of a checkpoint")
     try:

@@ -335,7 +335,7 @@ def test_a_state_that_points_outside_its_folder_is_refused(folder, tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):
-    with pytest.raises(FileNotFoundError, match="give the `checkpoint` folder of a run"):
+    with pytest.raises(FileNotFoundError, match="give the folder of a run, or its `checkpoint`"):
         checkpoint.load(tmp_path)
 
 
