@@ -15,6 +15,7 @@ from pathlib import Path
 
 from engine.command_line import run_command
 from engine.config import Finetuning
+from engine.files import appearing
 from engine.training.devices import set_seed
 from engine.training.fit import build_loaders, fit
 from engine.weights import write_tensors
@@ -45,7 +46,8 @@ def write_around(network: PointSegmenter, path: Path) -> None:
     """What the network has besides its blocks, in float16."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {key: value.half() for key, value in network.state_dict().items() if not key.startswith("backbone.")}
-    write_tensors(kept, path)
+    with appearing(path) as temporary:
+        write_tensors(kept, temporary)
 
 
 def main(words: list[str]) -> None:
