@@ -36,14 +36,9 @@ from detection.metric import (
 )
 from engine import commands
 from engine.command_line import parse, run_command
-from engine.data.loader import build_loader
-from engine.data.workers import tracked
 from engine.files import write_text
 from engine.settings import Arguments, Count
 from engine.task import Batch, Model
-from engine.training.devices import build_accelerator
-from engine.training.evaluation import collect_rows, score_once
-from engine.training.finetuning import autocast
 
 
 class Found(TypedDict):
@@ -164,26 +159,10 @@ def score_weights(words: list[str]) -> None:
     config = commands.parse_config(ROWS, words)
     if config.model.weights in (None, "imagenet"):
         raise ValueError(f"{config.row}: its weights are no detector's; give --model.weights FILE")
+    weights = Path(config.model.weights)
+    folder = config.run.output / "detection" / config.row / weights.stem
     network = model.build_model(config)
-    accelerator = build_accelerator(config.run.device, config.optimization.precision)
-    network.to(accelerator.device)
-    truth = read_truth(config)
-    loader = build_loader(
-        data.build_dataset(config, "test"),
-        batch_size=config.run.evaluation_batch or config.run.micro_batch,
-        seed=config.run.seed,
-        train=False,
-        num_workers=config.run.num_workers,
-        collate=data.collate,
-    )
-    with autocast(config.optimization.precision, accelerator.device):
-        rows = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
-    metrics = score_once(config, rows, truth, evaluate)
-    if accelerator.is_main_process:
-        print(f"{config.model.weights}: {', '.join(f'{name} {value:.1f}' for name, value in metrics.items())}")
-        print(
-            write(config.run.output / "detection" / config.row / Path(config.model.weights).stem, rows, truth, config)
-        )
+    commands.score_network(config, network, data, evaluate, folder, str(weights), device=config.run.device)
 
 
 def command_of(words: list[str]) -> Callable[[list[str]], None] | None:

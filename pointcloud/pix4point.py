@@ -15,13 +15,8 @@ from pathlib import Path
 
 from engine import settings
 from engine.command_line import parse, run_command
-from engine.commands import Device
-from engine.data.loader import build_loader
-from engine.data.workers import tracked
+from engine.commands import Device, score_network
 from engine.rows import find_row
-from engine.training.devices import build_accelerator
-from engine.training.evaluation import collect_rows, score_once
-from engine.training.finetuning import autocast
 from engine.weights import Tensors, load_tensors, read_state_dict
 from pointcloud import data, evaluate
 from pointcloud.configs import ROWS
@@ -93,15 +88,6 @@ def _main(words: list[str]) -> None:
     network = build_model(config, pretrained=False)
     state = read_state_dict(arguments.weights, inside="model")
     load_tensors(network, from_official(state, str(arguments.weights)), str(arguments.weights))
-    accelerator = build_accelerator(arguments.device, config.optimization.precision)
-    network.to(accelerator.device)
-    truth = evaluate.read_truth(config)
-    rooms = data.build_dataset(config, "test")
-    loader = build_loader(rooms, batch_size=1, seed=0, train=False, num_workers=0, collate=data.collate)
-    with autocast(config.optimization.precision, accelerator.device):
-        rows = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
-    metrics = score_once(config, rows, truth, evaluate)
-    if accelerator.is_main_process:
-        print(f"{arguments.weights}: " + ", ".join(f"{name} {value:.1f}" for name, value in metrics.items()))
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        print(evaluate.write(arguments.output, rows, truth, config))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    title = str(arguments.weights)
+    score_network(config, network, data, evaluate, arguments.output, title, device=arguments.device)

@@ -75,25 +75,41 @@ def evaluate(
     def main(words: list[str]) -> None:
         arguments = parse(Arguments, words)
         config, network = load_run(arguments.run, config_type, model, root=arguments.root)
-        accelerator = build_accelerator(arguments.device, config.optimization.precision)
-        network.to(accelerator.device)
-        truth = evaluate.read_truth(config)
-        loader = build_loader(
-            data.build_dataset(config, split),
-            batch_size=config.run.evaluation_batch or config.run.micro_batch,
-            seed=config.run.seed,
-            train=False,
-            num_workers=config.run.num_workers,
-            collate=data.collate,
-        )
-        with autocast(config.optimization.precision, accelerator.device):
-            found = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
-        metrics = score_once(config, found, truth, evaluate)
-        if accelerator.is_main_process:
-            print(f"{config.row} seed {config.run.seed}: {_in_words(metrics)}")
-            print(evaluate.write(arguments.run, found, truth, config))
+        title = f"{config.row} seed {config.run.seed}"
+        score_network(config, network, data, evaluate, arguments.run, title, device=arguments.device, split=split)
 
     run_command(main)
+
+
+def score_network(
+    config: C,
+    network: Model,
+    data: DataFile[C],
+    evaluate: EvaluateFile[C],
+    folder: Path,
+    title: str,
+    *,
+    device: Device = "auto",
+    split: Split = "test",
+) -> None:
+    """Score a network as it is, over all processes; print its metrics behind `title`, write predictions to `folder`."""
+    accelerator = build_accelerator(device, config.optimization.precision)
+    network.to(accelerator.device)
+    truth = evaluate.read_truth(config)
+    loader = build_loader(
+        data.build_dataset(config, split),
+        batch_size=config.run.evaluation_batch or config.run.micro_batch,
+        seed=config.run.seed,
+        train=False,
+        num_workers=config.run.num_workers,
+        collate=data.collate,
+    )
+    with autocast(config.optimization.precision, accelerator.device):
+        found = collect_rows(config, network, loader, evaluate, accelerator, lambda b: tracked("evaluating", b))
+    metrics = score_once(config, found, truth, evaluate)
+    if accelerator.is_main_process:
+        print(f"{title}: {_in_words(metrics)}")
+        print(evaluate.write(folder, found, truth, config))
 
 
 @dataclass(frozen=True)

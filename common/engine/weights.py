@@ -103,6 +103,22 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
     return state
 
 
+def torchvision_weights(name: str, kind: str, words: str) -> Tensors:
+    """The state dict that torchvision publishes for its model `name`, such as "IMAGENET1K_V1", downloaded and checked.
+
+    ValueError, with `words` for the kind, if it cannot be had.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        return get_model_weights(name)[kind].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, or a damaged download
+        raise ValueError(
+            f"torchvision did not bring the {words} weights of {name} ({type(error).__name__}: {error}). Is there a "
+            "network? Otherwise fetch the file elsewhere and give --model.weights FILE"
+        ) from error
+
+
 def load_weights(model: nn.Module, path: Path) -> Coverage:
     """Load one safetensors file into the model. Every key must fit; ValueError names those that do not. Nothing is
     changed in the model before all is verified.

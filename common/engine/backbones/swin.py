@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.weights import Tensors, load_tensors, read_state_dict, refuse_other_kinds
+from engine.weights import Tensors, load_tensors, read_state_dict, refuse_other_kinds, torchvision_weights
 
 try:
-    from torchvision.models import get_model_weights
     from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 except ImportError as error:
     raise ImportError("Swin needs torchvision: pip install 'dr2net[engine]'") from error
@@ -188,10 +187,4 @@ def _merged_order(weight: Tensor) -> Tensor:
 def _download(name: str) -> Tensors:
     if name in ("small", "swin_l"):
         raise ValueError(f"torchvision has no ImageNet weights of {name}: give a file, --model.weights FILE")
-    try:
-        return get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, or a damaged download
-        raise ValueError(
-            f"torchvision did not bring the ImageNet weights of {name} ({type(error).__name__}: {error}). Is there a "
-            "network? Otherwise fetch the file elsewhere and give --model.weights FILE"
-        ) from error
+    return torchvision_weights(name, "IMAGENET1K_V1", "ImageNet")

@@ -14,10 +14,9 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
-from engine.weights import Tensors, load_tensors, read_state_dict
+from engine.weights import Tensors, load_tensors, read_state_dict, torchvision_weights
 
 try:
-    from torchvision.models import get_model_weights
     from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
 except ImportError as error:
     raise ImportError("Video Swin needs torchvision: pip install 'dr2net[engine]'") from error
@@ -111,10 +110,4 @@ def _download(name: str) -> Tensors:
         raise ValueError(
             "'small' has no Kinetics weights: give a file, such as action_detection/weights/small.safetensors"
         )
-    try:
-        return get_model_weights(name).KINETICS400_V1.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network, or a damaged download
-        raise ValueError(
-            f"torchvision did not bring the Kinetics weights of {name} ({type(error).__name__}: {error}). Is there a "
-            "network? Otherwise fetch the file elsewhere and give --model.weights FILE"
-        ) from error
+    return torchvision_weights(name, "KINETICS400_V1", "Kinetics")
