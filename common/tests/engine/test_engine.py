@@ -31,9 +31,6 @@ from engine.training.step import accumulation_steps
 SPLIT_TOLERANCE = 1e-4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def final_weights(config: Config, kind: str = "model") -> dict[str, torch.Tensor]:
     return checkpoint.load(results.run_folder(config) / "checkpoint").tensors[kind]
 

@@ -22,9 +22,6 @@ from engine.training.plan import plan_row
 ONE_FORWARD = {"micro_batch": 8}  # the global batch
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def config_of(folder: Path, method: str, in_backward: bool = True, **run: int) -> Any:
     recipe = {"in_backward": in_backward, "clip_norm": None, "layer_decay": 0.5, "epochs": 2}
     changes = {"finetuning": {"method": method}, "optimization": recipe, "run": {**ONE_FORWARD, **run}}

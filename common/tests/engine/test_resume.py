@@ -20,9 +20,6 @@ from engine.training import checkpoint
 SPLIT_TOLERANCE = 1e-4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def assert_same_end(one: Path, other: Path) -> None:
     first, second = checkpoint.load(one), checkpoint.load(other)
     assert first.state["step"] == second.state["step"]
