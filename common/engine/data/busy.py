@@ -127,7 +127,8 @@ class _Late(BaseException):
 
 @contextmanager
 def limited(what: object, patience: float | None = None) -> Iterator[None]:
-    """For a job in this very process: TimeoutError naming it where it waits, for the system, longer than `patience`.
+    """For a job in this very process: TimeoutError naming it, and the file that it opened last, where it waits, for the
+    system, longer than `patience`. What the system itself does not interrupt, a hard mount, is waited for.
 
     Only in the main thread of a system that has alarms; elsewhere the job has no limit.
     """
@@ -136,7 +137,7 @@ def limited(what: object, patience: float | None = None) -> Iterator[None]:
         return
     seconds = PATIENCE if patience is None else patience
 
-    work, extensions = time.process_time(), 0
+    work, extensions, opened = time.process_time(), 0, ""
 
     def late(*_: object) -> None:
         nonlocal work, extensions
@@ -146,9 +147,9 @@ def limited(what: object, patience: float | None = None) -> Iterator[None]:
         work, extensions = now, extensions + 1
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def sign(_: str) -> None:
-        nonlocal extensions
-        extensions = 0
+    def sign(file: str) -> None:
+        nonlocal extensions, opened
+        extensions, opened = 0, file or opened
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     before = signal.signal(signal.SIGALRM, late)
@@ -157,7 +158,7 @@ def limited(what: object, patience: float | None = None) -> Iterator[None]:
     try:
         yield
     except _Late:
-        raise TimeoutError(told([what], seconds)) from None
+        raise TimeoutError(told([f"{what} ({opened})" if opened else what], seconds)) from None
     finally:
         _signs.pop()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -105,7 +105,7 @@ def build_loader(
     board = busy.Board(num_workers)
     kind = partial(Watched, board=board, timeout=busy.INTERVAL) if num_workers else DataLoader
     return kind(
-        Told(dataset, board) if num_workers else dataset,  # type: ignore[arg-type]
+        Told(dataset, board),  # type: ignore[arg-type]
         batch_sampler=KeyBatches(len(dataset), batch_size, seed, train),
         num_workers=num_workers,
         collate_fn=collate,
@@ -156,7 +156,9 @@ class _Batches:
 
 
 class Told:
-    """A dataset in a worker process: its errors are told in one sentence, since not every error can cross over."""
+    """A dataset of which no sample hangs without a word. In a worker process its errors are told in one sentence, since
+    not every error can cross over.
+    """
 
     def __init__(self, dataset: KeyedDataset, board: busy.Board) -> None:
         self.dataset, self.board = dataset, board
@@ -171,8 +173,11 @@ class Told:
 
     def __getitem__(self, key: Key) -> Any:
         worker = get_worker_info()
+        if worker is None:
+            with busy.limited(f"sample {key[0]}"):
+                return self.dataset[key]
         try:
-            with self.board.at(worker.id, key[0]) if worker is not None else nullcontext():
+            with self.board.at(worker.id, key[0]):
                 return self.dataset[key]
         except USER_ERRORS as error:
             raise ValueError(one_line(error)) from None

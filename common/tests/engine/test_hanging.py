@@ -76,13 +76,29 @@ def test_a_sample_that_hangs_a_worker_of_the_loader_is_named_with_its_file(kind,
         next(batches)
 
 
-def test_a_slow_sample_is_waited_for(pipe):
+def test_a_sample_that_hangs_the_main_process_is_named_with_its_file(pipe):
+    loader = build_loader(
+        Sleepy(4, {3: "pipe"}, pipe),
+        batch_size=2,
+        seed=0,
+        train=False,
+        num_workers=0,
+        collate=lambda found: {"all": found},
+    )
+    batches = iter(loader)
+    assert next(batches) == {"all": [0, 1]}
+    with pytest.raises(TimeoutError, match=rf"sample 3 \({pipe}\): not done after 2 s"):
+        next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slow_sample_is_waited_for(workers, pipe):
     loader = build_loader(
         Sleepy(2, {1: "slow"}, pipe),
         batch_size=2,
         seed=0,
         train=False,
-        num_workers=1,
+        num_workers=workers,
         collate=lambda found: {"all": found},
     )
     assert list(loader) == [{"all": [0, 1]}]
