@@ -145,6 +145,8 @@ def write_synthetic(arguments: Arguments) -> None:
     """Write the synthetic data set, or with --preset laptop the photographs from above; what is there stays."""
     if arguments.preset == "laptop":
         trees.write_dataset(arguments.root or TREES.root, wheel=arguments.wheel)
+        if arguments.sheet is not None:
+            trees.write_contact_sheet(arguments.sheet, arguments.root or TREES.root)
         return
     root, synthetic = arguments.root or SHAPES.root, arguments.synthetic
     total, what = synthetic.num_train + synthetic.num_validation, "pictures"

@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from engine.data.workers import write_json
 from engine.files import publish, read_json, write_text
 from engine.synthetic.write import STAMP
+from engine.visual import TABLEAU, save_stack
 
 PACKAGE = "deepforest==2.1.0"
 WHEEL = "deepforest-2.1.0-py3-none-any.whl"
@@ -93,6 +94,28 @@ def write_dataset(root: Path, wheel: Path | None = None) -> bool:
         return True
     print(f"{root}: {count} pictures, complete already")
     return False
+
+
+def write_contact_sheet(path: Path, root: Path, *, number: int = 12, columns: int = 4) -> None:
+    """A PNG with the first pictures of val and their boxes, the whole ones bright, the crowds dark."""
+    content = read_json(annotation_file(root, "val"), "delete it")
+    rows: list[list[Image.Image]] = []
+    for index, image in enumerate(content["images"][:number]):
+        with Image.open(root / "val" / image["file_name"]) as opened:
+            picture = opened.convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        for one in content["annotations"]:
+            if one["image_id"] == image["id"]:
+                x, y, width, height = one["bbox"]
+                pen.rectangle(
+                    (x, y, x + width - 1, y + height - 1), outline=(90, 60, 60) if one["iscrowd"] else TABLEAU[1]
+                )
+        if index % columns == 0:
+            rows.append([])
+        rows[-1].append(picture.resize((TEST_SIDE, TEST_SIDE)))
+    blank = Image.new("RGB", (TEST_SIDE, TEST_SIDE), (255, 255, 255))
+    rows[-1] += [blank] * (columns - len(rows[-1]))
+    save_stack(path, [Image.fromarray(np.concatenate([np.asarray(tile) for tile in row], axis=1)) for row in rows])
 
 
 def annotation_file(root: Path, split: str) -> Path:

@@ -89,7 +89,16 @@ def warn_of_units(path: Path, xyz: np.ndarray) -> None:
         warnings.warn(f"{path}: is {extent[2]:.3g} m high and narrow; is z up? labels will be wrong", stacklevel=2)
 
 
-def draw(path: Path, xyz: np.ndarray, before: np.ndarray, label: np.ndarray, names: list[str], *, title: str) -> None:
+def draw(
+    path: Path,
+    xyz: np.ndarray,
+    before: np.ndarray,
+    label: np.ndarray,
+    names: list[str],
+    *,
+    title: str,
+    columns: tuple[str, str] = ("before", "after"),
+) -> None:
     """A PNG: from above (what is below 2.2 m) and in perspective, before and after, with a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -103,7 +112,7 @@ def draw(path: Path, xyz: np.ndarray, before: np.ndarray, label: np.ndarray, nam
     size = float(np.clip(60_000 / max(len(points), 1), 1.0, 20.0))  # of a marker: few points are to be seen as well
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    for column, (color, what) in enumerate(zip(colors, ("before", "after"), strict=True)):
+    for column, (color, what) in enumerate(zip(colors, columns, strict=True)):
         above = figure.add_subplot(2, 2, 1 + column, aspect="equal")
         order = np.flatnonzero(inside)[np.argsort(points[inside, 2], kind="stable")]
         above.scatter(points[order, 0], points[order, 1], c=color[order], s=1.5 * size, linewidths=0)

@@ -120,11 +120,27 @@ def write_synthetic(arguments: Arguments) -> None:
     if arguments.preset == "laptop":
         from pointcloud.furniture import write_furnished
 
-        write_furnished(arguments.root or ROOMS.root, workers=arguments.workers)
-        return
-    root, synthetic = arguments.root or ROOMS_TINY.root, arguments.synthetic
-    total = sum(map(len, synthetic.rooms().values()))
-    prepare_files(root, total, "rooms", lambda done: write_dataset(root, synthetic, on_done=done))
+        root = arguments.root or ROOMS.root
+        write_furnished(root, workers=arguments.workers)
+    else:
+        root, synthetic = arguments.root or ROOMS_TINY.root, arguments.synthetic
+        total = sum(map(len, synthetic.rooms().values()))
+        prepare_files(root, total, "rooms", lambda done: write_dataset(root, synthetic, on_done=done))
+    if arguments.sheet is not None:
+        write_sheet(arguments.sheet, root)
+
+
+def write_sheet(path: Path, root: Path) -> None:
+    """A PNG with the first composed room of the test area at `root`: its colors, and its classes."""
+    from pointcloud.predict import draw
+
+    data = Data(kind="s3dis", root=root, rooms="composed", unit="room")
+    room = rooms_of_area(data, data.test_area)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what was planted in the files
+        cloud = load_room(room)
+    labels, names = cloud["label"].astype(np.int64), ("colors", "classes")
+    draw(path, cloud["xyz"], cloud["rgb"], labels, list(CLASSES), title=room.name, columns=names)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from detection.annotations import read_annotations
 from detection.configs import TREES
 from detection.images import read_image
 from detection.trees import Tile, cut_boxes, read_voc, tiles_of
+from engine.visual import TABLEAU
 
 SIZES = {"train": (700, 420), "val": (600, 270), "ood": (200, 200)}
 BOXES = {
@@ -120,6 +121,14 @@ def test_license_and_source_are_kept(wheel, tmp_path):
     assert "MIT" in (tmp_path / "trees" / "LICENSE").read_text()
     source = (tmp_path / "trees" / "SOURCE").read_text()
     assert trees.WHEEL in source and all(one.picture in source for one in trees.SOURCES)
+
+
+def test_the_sheet_shows_pictures_with_boxes(wheel, tmp_path):
+    trees.write_dataset(tmp_path / "trees", wheel)
+    trees.write_contact_sheet(tmp_path / "sheet.png", tmp_path / "trees", number=1, columns=2)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (512, 256)
+        assert TABLEAU[1] in set(sheet.convert("RGB").getdata())
 
 
 def test_a_second_start_says_that_all_is_there_and_opens_no_wheel(wheel, tmp_path, monkeypatch, capsys):

@@ -111,11 +111,13 @@ def test_the_license_step_is_said(capsys):
 
 def test_the_tiny_preset_is_written_where_its_rows_look(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "ROOMS_TINY", replace(ROOMS_TINY, root=tmp_path / "rooms"))
-    given = arguments(preset="tiny", synthetic=SMALL)
+    given = arguments(preset="tiny", synthetic=SMALL, sheet=tmp_path / "sheet.png")
     assert isinstance(given, Preparation)
     prepare.write_synthetic(given)
+    given.sheet.unlink()
     prepare.write_synthetic(given)
     assert "7 rooms, complete already" in capsys.readouterr().out
+    assert given.sheet.is_file()
 
 
 CUBE = (
