@@ -77,7 +77,7 @@ def server() -> Iterator[Server]:
 
 def fetch(server: Server, path: Path, **checks) -> Path:
     url = f"http://127.0.0.1:{server.server_port}/file.bin"
-    return download(url, path, backoff_seconds=0.01, timeout_seconds=5, show=False, **checks)
+    return download(url, path, backoff_seconds=0.01, timeout_seconds=60, show=False, **checks)
 
 
 def test_a_file_arrives_checked_and_is_not_fetched_twice(server, tmp_path):
@@ -92,14 +92,14 @@ def test_an_interrupted_transfer_goes_on_where_it_stopped(server, tmp_path):
     server.cut_after, server.cuts = 70_000, 3
     assert fetch(server, tmp_path / "f", sha256=SHA256).read_bytes() == CONTENT
     starts = [0] + [int(r.removeprefix("bytes=").removesuffix("-")) for r in server.seen[1:]]
-    # a cut may take with it what was on its way: then the next begins where the one before did
-    assert len(starts) >= 4 and starts == sorted(starts) and starts[-1] > 0
+    assert len(starts) == 4 and starts == sorted(set(starts))
 
 
 def test_when_all_attempts_fail_the_next_call_uses_the_partial_file(server, tmp_path):
     server.cut_after, server.cuts = 70_000, 1
-    with pytest.raises(DownloadError, match="1 attempts failed.*goes on from there"):
+    with pytest.raises(DownloadError, match="1 attempts failed.*closed after") as caught:
         fetch(server, tmp_path / "f", retries=0)
+    assert "goes on from there" in str(caught.value)
     assert not (tmp_path / "f").exists()
     kept = (tmp_path / "f.part").stat().st_size
     assert kept > 0
