@@ -2,11 +2,14 @@
 
     python -m detection.pretrain --minutes 45      # on two cores; or --steps N, which gives the same weights each time
 
-A row then does what users of DINO do: it loads a detector, keeps its class layers random and trains it on other
-pictures. The scenes are drawn as they are needed (`scenes.py`), so none is seen twice; first small pictures, then of
-the size of the rows. AdamW, cosine, gradient clipping; the average of the weights over the steps is what is kept.
+A row then does what users of DINO do: it loads a detector, with fresh class layers where the classes are others, and
+trains it on other pictures. The scenes are drawn as they are needed (`scenes.py`), so none is seen twice; first small
+pictures, then of the size of the rows. AdamW, cosine, gradient clipping; the average of the weights over the steps is
+what is kept.
 With --copies, each object is also to be found by so many tokens of the encoder (one-to-many matching, as in hybrid
 matching, Jia et al., arXiv 2207.13080), which teaches backbone and classes faster than one token does.
+With --one-class, every thing is of the same class, and three of four scenes are forests: dense stands of crowns of the
+size that trees have in aerial photographs. A row with one class keeps the class layers.
 Every few minutes a checkpoint is written beside the weights, and the same command goes on from it after a kill.
 Writes detection/weights/small.safetensors in float16, after AP has been measured on scenes with examples of the
 classes that were never trained on. No photograph of a data set is seen here, unless --photographs names its folder.
@@ -35,7 +38,7 @@ from detection.criterion import matched_losses
 from detection.metric import evaluate_files
 from detection.model import build_model
 from detection.objects import CLASSES
-from detection.scenes import Scene, compose
+from detection.scenes import Scene, compose, compose_forest
 from detection.transformer import proposals
 from engine.data.loader import to_device
 from engine.data.workers import write_json
@@ -74,29 +77,34 @@ class Key(NamedTuple):
 class Batches(Dataset[Batch]):
     """Composed batches by their keys."""
 
-    def __init__(self, config: Config, photographs: list[np.ndarray]) -> None:
+    def __init__(self, config: Config, photographs: list[np.ndarray], *, one_class: bool) -> None:
         self.data = config.data
         self.photographs = photographs
+        self.one_class = one_class
 
     def __getitem__(self, key: Key) -> Batch:
         seeds = [[STREAM["train"], key.number, i] for i in range(key.scenes)]
-        scenes = [compose(seed, (key.size, key.size), photographs=self.photographs) for seed in seeds]
+        makers = [compose_forest if self.one_class and i % 4 else compose for i in range(key.scenes)]
+        scenes = [
+            make(seed, (key.size, key.size), photographs=self.photographs)
+            for make, seed in zip(makers, seeds, strict=True)
+        ]
         return to_batch(scenes, [f"composed {key.number}.{i}" for i in range(key.scenes)], self.data)
 
 
-def pretraining_config() -> Config:
-    """The small detector for the classes of the scenes, with random weights, and the recipe."""
+def pretraining_config(*, one_class: bool = False) -> Config:
+    """The small detector for the classes of the scenes, or one for all, with random weights, and the recipe."""
     base = trees_small("conventional")
     return replace(
         base,
-        data=replace(base.data, num_classes=len(CLASSES)),
+        data=replace(base.data, num_classes=1 if one_class else len(CLASSES)),
         model=replace(base.model, weights=None),
         optimization=replace(base.optimization, learning_rate=LEARNING_RATE, multipliers={}, clip_norm=0.1),
     )
 
 
 def to_batch(scenes: list[Scene], names: list[str], data: Any) -> Batch:
-    """Scenes of one size as `data.collate` would give them."""
+    """Scenes of one size as `data.collate` would give them; labels 0 where the data have one class."""
     pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     height, width = pixels.shape[-2:]
@@ -104,7 +112,8 @@ def to_batch(scenes: list[Scene], names: list[str], data: Any) -> Batch:
     for scene in scenes:
         boxes = torch.from_numpy(scene.boxes).float() / torch.tensor([width, height, width, height])
         center, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        targets.append({"labels": torch.from_numpy(scene.labels), "boxes": torch.cat([center, extent], dim=1)})
+        labels = torch.from_numpy(scene.labels if data.num_classes > 1 else np.zeros_like(scene.labels))
+        targets.append({"labels": labels, "boxes": torch.cat([center, extent], dim=1)})
     return {
         "image": (pixels - mean) / std,
         "padding": torch.zeros(len(scenes), height, width, dtype=torch.bool),
@@ -126,7 +135,8 @@ class Training:
 
     def __init__(self, arguments: argparse.Namespace, photographs: list[np.ndarray]) -> None:
         self.arguments = arguments
-        self.config = pretraining_config()
+        self.config = pretraining_config(one_class=arguments.one_class)
+        self.phases = PHASES[-1:] if arguments.one_class else PHASES  # trees keep their size in pixels
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(self.config, pretrained=False).to(self.device)
@@ -136,7 +146,7 @@ class Training:
         self.model.head.transformer.encoder.register_forward_hook(self._keep)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         self.ema = EMA(self.model, EMA_DECAY)
-        self.batches = Batches(self.config, photographs)
+        self.batches = Batches(self.config, photographs, one_class=arguments.one_class)
         self.step, self.seconds = 0, 0.0
         self.folder: Path = arguments.output.with_suffix(".checkpoint")
         if checkpoint.exists(self.folder):
@@ -198,7 +208,7 @@ class Training:
         """Of the batches that are still to come, in order; asked for a little ahead by the loader."""
         number = self.step
         while self.progress(number) < 1:
-            phase = next(phase for phase in PHASES if self.progress(number) < phase.until)
+            phase = next(phase for phase in self.phases if self.progress(number) < phase.until)
             yield Key(number, phase.size, phase.scenes)
             number += 1
 
@@ -251,18 +261,20 @@ def evaluate(model: Model, config: Config, num_scenes: int, size: int) -> dict[s
     images, detections = [], []
     annotations: list[dict[str, Any]] = []
     for number in range(1, num_scenes + 1):
-        scene = compose([STREAM["validation"], number], (size, size), group="validation")
+        make = compose_forest if config.data.num_classes == 1 and number % 2 else compose
+        scene = make([STREAM["validation"], number], (size, size), group="validation")
         batch = to_device(to_batch([scene], [f"held out {number}"], config.data), device)
         outputs = model(batch)
         (found,) = cast(Any, model).head.detect(outputs, batch["original_size"], config.detection.max_detections)
         images.append({"id": number, "width": size, "height": size, "file_name": f"{number}.png"})
-        for box, label in zip(_xywh(scene.boxes), scene.labels.tolist(), strict=True):
+        for box, label in zip(_xywh(scene.boxes), batch["targets"][0]["labels"].tolist(), strict=True):
             entry = {"id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0}
             annotations.append({**entry, "bbox": box, "area": box[2] * box[3]})
         boxes = _xywh(found.boxes.double().numpy())
         for box, label, score in zip(boxes, found.labels.tolist(), found.scores.tolist(), strict=True):
             detections.append({"image_id": number, "category_id": label + 1, "bbox": box, "score": score})
-    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    names = CLASSES if config.data.num_classes > 1 else ("thing",)
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
     with tempfile.TemporaryDirectory() as scratch:
         truth, results = Path(scratch) / "truth.json", Path(scratch) / "detections.json"
         write_json(truth, {"images": images, "annotations": annotations, "categories": categories})
@@ -298,6 +310,9 @@ def main() -> None:
     length.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
     parser.add_argument("--copies", type=int, default=6, help="tokens of the encoder per object; 0: one-to-one only")
+    parser.add_argument(
+        "--one-class", action="store_true", help="all things are one class, three of four scenes forests"
+    )
     parser.add_argument("--validation", type=int, default=100, help="scenes on which AP is measured at the end")
     parser.add_argument(
         "--photographs", type=Path, help="a folder of photographs, for the ground of half of the scenes"

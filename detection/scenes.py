@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from detection.grounds import draw_grain, draw_ground, photograph
 from detection.objects import (
     CLASSES,
     COLORS,
@@ -23,7 +24,6 @@ from detection.objects import (
     SPRITE_HEIGHT,
     Thing,
     colored,
-    noise,
     place,
     things_of,
 )
@@ -31,16 +31,10 @@ from engine.synthetic.sprites import Group
 from engine.visual import TABLEAU, save_stack
 
 COUNT, EXTENT = (3, 25), (8.0, 96.0)  # things in 256 x 256 pixels, and the longest side of their boxes in pixels
+FOREST, FOREST_COUNT, FOREST_EXTENT = ("crown", "conifer", "bush"), (5, 60), (18.0, 80.0)
+SUNNY = (0.5, 1.6)  # reach of their shadows
 LEAST_SEEN = 0.5  # of a thing's own pixels
 SOLID = 128  # coverage of 255 from which on a pixel belongs to a thing
-EARTH = np.array(
-    [
-        *((46, 58, 30), (88, 104, 52), (122, 132, 74), (150, 146, 92), (64, 82, 58)),  # grass
-        *((74, 58, 42), (112, 92, 66), (150, 124, 92), (190, 166, 128), (52, 44, 38)),  # soil and sand
-        *((96, 96, 94), (140, 138, 134), (60, 62, 66), (226, 228, 232), (40, 60, 74)),  # stone, snow, water
-    ],
-    np.float32,
-)
 
 
 class Scene(NamedTuple):
@@ -83,12 +77,14 @@ def compose(
     labels: Sequence[int] | None = None,
     count: tuple[int, int] | None = None,
     extent: tuple[float, float] = EXTENT,
+    leafy: bool = False,
 ) -> Scene:
     """Compose a scene.
 
     size: height and width in pixels; group: whose examples of the classes; photographs: uint8 (H, W, 3), the ground of
     half of the scenes; labels: the classes that may occur, None: all; count: the least and the most things that are
-    tried, None: 3 to 25 in proportion to the area (at least 1 to 3); extent: of the longest side, pixels.
+    tried, None: 3 to 25 in proportion to the area (at least 1 to 3); extent: of the longest side, pixels;
+    leafy: in the sun, with a grain as of leaves and grass.
     """
     rng = np.random.default_rng(seed)
     if count is None:
@@ -96,14 +92,43 @@ def compose(
         count = (max(1, round(COUNT[0] * share)), max(3, round(COUNT[1] * share)))
     number = int(rng.integers(count[0], count[1] + 1))
     plan = _plan(rng, size, number, np.arange(len(CLASSES)) if labels is None else np.asarray(labels), extent)
+    if leafy:
+        plan = plan._replace(reach=float(rng.uniform(*SUNNY)))
     layers, owner = _arrange(rng, size, number, plan, group, extent)
-    canvas = _ground(rng, size, photographs)
+    canvas = draw_ground(rng, size, photographs)
+    if leafy:  # the ground is lit as the trees are, and then shaded
+        canvas *= draw_grain(rng, size)
     _cast_shadows(rng, canvas, layers, plan)
     for layer in layers:
         _paint(rng, canvas, layer, plan)
+    if leafy:
+        canvas = np.where((owner >= 0)[..., None], canvas * draw_grain(rng, size), canvas)
     boxes = np.array([_box(owner, index, layer) for index, layer in enumerate(layers)], np.float64).reshape(-1, 4)
     found = np.array([layer.thing.label for layer in layers], np.int64)
-    return Scene(_photograph(rng, canvas), boxes, found, owner)
+    return Scene(photograph(rng, canvas), boxes, found, owner)
+
+
+def compose_forest(
+    seed: int | Sequence[int],
+    size: tuple[int, int] = (256, 256),
+    *,
+    group: Group = "train",
+    photographs: Sequence[np.ndarray] = (),
+) -> Scene:
+    """A dense scene of crowns, conifers and bushes only, as large as trees are at 10 cm per pixel."""
+    labels = [CLASSES.index(kind) for kind in FOREST]
+    share = size[0] * size[1] / 256**2
+    count = (max(1, round(FOREST_COUNT[0] * share)), max(3, round(FOREST_COUNT[1] * share)))
+    return compose(
+        seed,
+        size,
+        group=group,
+        photographs=photographs,
+        labels=labels,
+        count=count,
+        extent=FOREST_EXTENT,
+        leafy=True,
+    )
 
 
 def _plan(
@@ -250,113 +275,6 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, layer: Layer, plan: Pla
     view = canvas[layer.top : layer.top + patch.shape[0], layer.left : layer.left + patch.shape[1]]
     view *= 1 - patch[..., 3:] / 255
     view += color
-
-
-def _ground(rng: np.random.Generator, size: tuple[int, int], photographs: Sequence[np.ndarray]) -> np.ndarray:
-    """What the things lie on, float32 (H, W, 3)."""
-    if photographs and rng.random() < 0.5:
-        ground = _crop(rng, photographs[int(rng.integers(len(photographs)))], size)
-    else:
-        ground = _earth(rng, size)
-    if rng.random() < 0.4:
-        ground = _clutter(rng, ground)
-    canvas = ground.astype(np.float32)
-    if rng.random() < 0.3:  # a slope of light
-        x, y = np.linspace(-1, 1, size[1], dtype=np.float32), np.linspace(-1, 1, size[0], dtype=np.float32)
-        canvas *= (1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y[:, None])[..., None].astype(
-            np.float32
-        )
-    return canvas
-
-
-def _crop(rng: np.random.Generator, photograph: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A random piece of a photograph, enlarged up to twice or reduced to a third, mirrored or not."""
-    height, width = photograph.shape[:2]
-    scale = min(np.exp(rng.uniform(np.log(0.5), np.log(3.0))), height / size[0], width / size[1])
-    h, w = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
-    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-    piece = Image.fromarray(photograph[top : top + h, left : left + w])
-    piece = piece.resize((size[1], size[0]), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    found = np.asarray(piece)
-    return found[:, ::-1] if rng.random() < 0.5 else found
-
-
-def _earth(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Noise of several octaves through a palette of three earthy colors, perhaps with furrows, uint8 (H, W, 3)."""
-    steep = rng.uniform(0.5, 1.0)
-    octaves = tuple((cell, steep**k) for k, cell in enumerate((96, 48, 24, 12, 6, 3)))
-    field = noise(rng, *size, octaves)
-    if rng.random() < 0.25:
-        angle, period = rng.uniform(0, np.pi), rng.uniform(5, 24)
-        x, y = np.arange(size[1], dtype=np.float32), np.arange(size[0], dtype=np.float32)[:, None]
-        phase = (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) * np.float32(2 * np.pi / period)
-        field += np.float32(rng.uniform(0.2, 1.2)) * np.sin(phase + 0.5 * field)
-    chosen = EARTH[rng.choice(len(EARTH), 3, replace=False)] if rng.random() < 0.4 else _meadow(rng)
-    palette = np.array([np.interp(np.arange(256), (0, 128, 255), chosen[:, c]) for c in range(3)]).T
-    contrast = rng.uniform(25, 75)
-    level = np.clip(field * np.float32(contrast / (field.std() + 1e-6)) + rng.uniform(90, 166), 0, 255)
-    return np.clip(palette + rng.normal(0, 8, 3), 0, 255).astype(np.uint8)[level.astype(np.uint8)]
-
-
-def _meadow(rng: np.random.Generator) -> np.ndarray:
-    """Three colors near each other: one of the earth, a darker and a lighter one."""
-    base = EARTH[int(rng.integers(len(EARTH)))]
-    return np.stack([base * rng.uniform(0.5, 0.8), base, base * rng.uniform(1.15, 1.5)]) + rng.normal(0, 8, (3, 3))
-
-
-def _clutter(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    """What belongs to no class: fields, paths, sticks and specks."""
-    height, width = ground.shape[:2]
-    picture = Image.fromarray(np.ascontiguousarray(ground))
-    draw = ImageDraw.Draw(picture)
-
-    def spot() -> np.ndarray:
-        return rng.uniform(-0.1, 1.1, 2) * (width, height)
-
-    def tint(low: float, high: float) -> tuple[int, ...]:
-        y, x = int(rng.integers(height)), int(rng.integers(width))
-        return tuple(int(v) for v in np.clip(ground[y, x] * rng.uniform(low, high) + rng.normal(0, 6, 3), 0, 255))
-
-    if rng.random() < 0.3:  # the border of a field, right across
-        middle, along = spot(), rng.standard_normal(2)
-        along *= 2 * max(size for size in (width, height)) / np.hypot(*along)
-        across = np.array([-along[1], along[0]])
-        corners = [middle - along, middle + along, middle + along + across, middle - along + across]
-        draw.polygon([tuple(corner) for corner in corners], fill=tint(0.7, 1.3))
-    for _ in range(int(rng.integers(0, 3))):  # paths
-        points = [tuple(spot()) for _ in range(3)]
-        draw.line(points, fill=tint(0.7, 1.5), width=int(rng.integers(3, 16)), joint="curve")
-    for _ in range(int(rng.integers(0, 10))):  # sticks, perhaps with twigs
-        start = spot()
-        end = start + rng.normal(0, 35, 2)
-        color = tint(1.3, 2.2) if rng.random() < 0.7 else tint(0.2, 0.6)
-        draw.line([tuple(start), tuple(end)], fill=color, width=int(rng.integers(1, 4)))
-        for share in rng.uniform(0.2, 1, int(rng.integers(0, 5))):
-            at = start + share * (end - start)
-            draw.line([tuple(at), tuple(at + rng.normal(0, 7, 2))], fill=color, width=1)
-    for x, y in rng.uniform(0, 1, (int(rng.integers(0, 60)), 2)) * (width, height):  # specks
-        radius = rng.uniform(0.5, 2.5)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tint(0.5, 1.6))
-    return np.asarray(picture)
-
-
-def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Exposure, color of the light, sharpness and sensor noise, uint8 (H, W, 3)."""
-    gain = np.exp(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3)).astype(np.float32)
-    contrast = np.float32(rng.uniform(0.75, 1.2))
-    canvas = canvas * (gain * contrast) + (1 - contrast) * np.float32(110)
-    level = rng.uniform(0, 7) if rng.random() < 0.7 else 0.0
-    if level:
-        canvas += rng.standard_normal((*canvas.shape[:2], 1), dtype=np.float32) * np.float32(level)
-    image = np.clip(canvas, 0, 255).astype(np.uint8)
-    choice = rng.random()
-    if choice < 0.25:
-        blurred = Image.fromarray(image).filter(ImageFilter.BoxBlur(float(rng.uniform(0.3, 1.0))))
-        return np.array(blurred)
-    if choice < 0.45:
-        sharpened = Image.fromarray(image).filter(ImageFilter.UnsharpMask(1.0, int(rng.integers(40, 160)), 2))
-        return np.array(sharpened)
-    return image
 
 
 def write_sheet(path: Path, scenes: Sequence[Scene], *, columns: int = 4) -> None:

@@ -16,7 +16,17 @@ from detection import scenes, synthetic
 from detection.annotations import read_annotations
 from detection.configs import SHAPES
 from detection.objects import CLASSES, KINDS, noise, place, things_of
-from detection.scenes import COUNT, EXTENT, LEAST_SEEN, SOLID, compose, write_sheet
+from detection.scenes import (
+    COUNT,
+    EXTENT,
+    FOREST,
+    FOREST_EXTENT,
+    LEAST_SEEN,
+    SOLID,
+    compose,
+    compose_forest,
+    write_sheet,
+)
 from detection.synthetic import CATEGORIES, ODDITIES, SPLITS, Synthetic, annotation_file, outline, run_lengths
 
 SCENES = [compose(number) for number in range(40)]
@@ -241,6 +251,17 @@ def test_an_interrupted_set_is_completed_and_other_data_is_never_overwritten(wri
     (tmp_path / "train2017").mkdir()
     with pytest.raises(ValueError, match="not made here"):
         synthetic.write_dataset(tmp_path, SMALL, workers=1)
+
+
+def test_a_forest_has_only_trees_of_their_size_whose_boxes_are_what_is_seen():
+    for seed in range(4):
+        scene = compose_forest([3, seed])
+        assert {CLASSES[label] for label in scene.labels} <= set(FOREST)
+        assert np.array_equal(scene.image, compose_forest([3, seed]).image)
+        for index, (x0, y0, x1, y1) in enumerate(scene.boxes.astype(int)):
+            rows, columns = np.nonzero(scene.owner == index)
+            assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1)
+            assert max(x1 - x0, y1 - y0) <= 1.3 * FOREST_EXTENT[1]
 
 
 def test_the_sheets_show_pictures_with_boxes(tmp_path):

@@ -1,6 +1,8 @@
 """Pretraining of the small detector: a few steps, a kill and what goes on from it, the file that the rows load."""
 
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from detection import pretrain
+from detection.configs import ROWS
 from detection.model import build_model
 from detection.objects import CLASSES
 from detection.pretrain import Key, Phase, pretraining_config, share_of_rate, to_batch
-from detection.scenes import compose
+from detection.scenes import compose, compose_forest
 
 # A picture of 64 px has fewer tokens than queries: so few steps are quick.
 PHASES = (Phase(0.5, 64, 2), Phase(1.0, 96, 1))
@@ -51,7 +54,7 @@ def test_a_batch_is_what_the_data_gives():
 
 
 def test_batches_are_functions_of_their_keys():
-    batches = pretrain.Batches(pretraining_config(), [])
+    batches = pretrain.Batches(pretraining_config(), [], one_class=False)
     first, again = batches[Key(5, 64, 2)], batches[Key(5, 64, 2)]
     assert torch.equal(first["image"], again["image"])
     assert not torch.equal(first["image"], batches[Key(6, 64, 2)]["image"])
@@ -68,6 +71,23 @@ def test_the_file_holds_every_weight_of_the_whole_detector_trained(trained, caps
     assert not [name for name in still if "bias" not in name], still
     assert weights["head.class_embed.0.weight"].shape[0] == len(CLASSES)
     assert not trained.with_suffix(".checkpoint").exists()
+
+
+def test_with_one_class_every_second_scene_is_a_forest_and_a_row_keeps_the_class_layers(trained, tmp_path, monkeypatch):
+    output = tmp_path / "small.safetensors"
+    start(monkeypatch, output, "--steps", "1", "--one-class", "--start", str(trained))
+    config = pretraining_config(one_class=True)
+    batches = pretrain.Batches(config, [], one_class=True)
+    batch = batches[Key(0, 64, 2)]
+    forest = compose_forest([0, 0, 1], (64, 64))
+    assert np.array_equal(batch["image"][1], to_batch([forest], ["a"], config.data)["image"][0])
+    assert not torch.cat([target["labels"] for target in batch["targets"]]).any()
+    row = ROWS["trees_small_conventional"]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build_model(replace(row, model=replace(row.model, weights=str(output))))
+    weights = load_file(output)
+    assert torch.equal(model.head.class_embed[0].weight, weights["head.class_embed.0.weight"].float())
 
 
 def test_a_killed_pretraining_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch, capsys):
