@@ -1,12 +1,13 @@
 """Make what stands around the blocks in the laptop preset: tokenizer and decoder learn rooms while the blocks rest.
 
-    python -m pointcloud.pretrain              # 2000 steps of 8 crops; stop and start it at will
+    python -m pointcloud.pretrain              # 1200 steps of 8 crops; stop and start it at will
 
 Tokenizer and decoder from scratch would eat the whole budget of a laptop row, and its methods would differ in nothing.
 So these two are trained once, below frozen pretrained blocks, on rooms of other seeds and of other furniture than the
 table's rooms, training and test alike (`furniture.GROUPS`), and then finetuned with the blocks in each of the six ways.
 It is the laptop row's own training by the method `frozen`, so it resumes as any run does. Writes everything but the
-blocks to pointcloud/weights/rooms.safetensors in float16, for `--model.around`. Not run yet: the rows start without.
+blocks to pointcloud/weights/rooms.safetensors in float16, for `--model.around`.
+The committed file was made by the command above.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def write_around(network: PointSegmenter, path: Path) -> None:
 def main(words: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="of 8 crops")
+    parser.add_argument("--steps", type=int, default=1200, help="of 8 crops")
     parser.add_argument("--root", type=Path, default=Path("data/rooms_pretraining"), help="where the rooms are written")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run, for resuming")
     parser.add_argument("--output", type=Path, default=Path(AROUND))

@@ -13,7 +13,7 @@ from pointcloud.configs import ROWS
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_named_after_itself_and_its_batch_divides(name):
     config = find_row(ROWS, name)
-    assert config.row == name and name.endswith(config.finetuning.method)
+    assert config.row == name and name.removesuffix("_random").endswith(config.finetuning.method)
     assert config.optimization.global_batch % config.run.micro_batch == 0
     assert config.optimization.warmup_epochs < config.optimization.epochs
     assert run_folder(config).parts[-3:] == ("pointcloud", name, "seed0")
