@@ -80,7 +80,6 @@ class Model(Settings):
     drop_path: Annotated[float, Range(low=0, below=1)] = (
         0.1  # stochastic depth of the last block, rising linearly from 0
     )
-    stages: Annotated[int, Range(low=3, high=4)] = 3  # of the backbone, at 1/4, 1/8, 1/16 (and 1/32, unused by MTTR)
     text_width: Count = 768  # channels of the text encoder; of the table of words
     width: Annotated[int, Range(low=32)] = 256  # channels of the head
     heads: Count = 8
