@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from detection.configs import Data
-from engine.data.transforms import color_jitter
+from engine.data.transforms import color_jitter, resized_size
 
 VISIBLE = 0.5  # window: a box of which less remains is dropped
 LEAST_SIDE = 32  # window: a smaller picture is enlarged so far
@@ -29,20 +29,6 @@ def picture_boxes(boxes: np.ndarray, height: int, width: int) -> tv_tensors.Boun
     """Boxes (n, 4) x, y, width, height in pixels as corners on a canvas of this size."""
     corners = torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)).float()
     return _boxes(corners, height, width)
-
-
-def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) after resizing: the short side becomes `size`, or less if the long one would pass `max_size`.
-
-    size = round(max_size * short / long) where it would; the long side is rounded down. At least one pixel.
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = max(round(max_size * short / long), 1)
-    if short == size:
-        return height, width
-    other = size * long // short
-    return (size, other) if height <= width else (other, size)
 
 
 def shrink_or_grow(

