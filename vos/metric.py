@@ -12,9 +12,9 @@ the best-scored mask only. On what implementations disagree:
 - Of equal scores the first counts as the best, here and in COCO's stable sort; MTTR's P@K takes the last.
 - An empty truth cannot be hit in mAP; in P@K and IoU an empty best mask is right there (0 / 0 is 1).
 - A sample without proposals has an empty best mask. Above 100 proposals COCO takes the 100 best.
-- J of two empty masks is 1. F has DAVIS's boundary, a pixel that differs from its right, lower or lower right neighbor,
-  and its tolerance, a disk of .008 of the diagonal, rounded up. A mask that fills the frame has no boundary; without any
-  boundary on both sides F is 1, on one side 0.
+- J of two empty masks is 1. F has the boundary of DAVIS, a pixel unlike its right, lower or lower right neighbor, and
+  its tolerance, a disk of .008 of the diagonal, rounded up. A mask that fills the frame has no boundary; without any
+  on both sides F is 1, on one side 0.
 
 Not here: networks and runs (`evaluate.py`), folders and zips of masks (`submission.py`).
 """
@@ -66,7 +66,7 @@ def score_samples(samples: Sequence[Sample]) -> dict[str, float]:
     for k, sample in enumerate(samples):
         _check(sample, f"sample {k}")
     best = [best_only(sample) for sample in samples]
-    ious, shared, joined = zip(*(_iou_of_best(sample) for sample in best), strict=True)
+    ious, shared, joined = zip(*(iou_of(one["truth"], *one["masks"]) for one in best), strict=True)
     precision = _precision(samples)
     return {
         "mAP": 100 * float(precision.mean()),
@@ -97,6 +97,20 @@ def encode_masks(masks: ArrayLike) -> list[Runs]:
 def decode_mask(runs: Runs) -> np.ndarray:
     """(H, W) boolean."""
     return coco_mask.decode(runs).astype(bool)
+
+
+def area_of(runs: Runs) -> int:
+    """Pixels of a mask."""
+    return int(coco_mask.area(runs))
+
+
+def iou_of(truth: Runs, mask: Runs | None = None) -> tuple[float, int, int]:
+    """IoU with MTTR's float32, intersection and union in pixels, of a mask; None: an empty one."""
+    shared, joined = 0, area_of(truth)
+    if mask is not None:
+        shared = area_of(coco_mask.merge([truth, mask], intersect=True))
+        joined += area_of(mask) - shared
+    return float((np.float32(shared) + EPSILON) / (np.float32(joined) + EPSILON)), shared, joined
 
 
 def region_similarity(prediction: ArrayLike, truth: ArrayLike) -> float:
@@ -167,18 +181,8 @@ def _precision(samples: Sequence[Sample]) -> np.ndarray:
 
 def _annotation(number: int, image: int, runs: Runs) -> dict[str, Any]:
     """As pycocotools wants it; a number of 0 it would never match."""
-    area = float(coco_mask.area(runs))
+    area = area_of(runs)
     return {"id": number, "image_id": image, "category_id": 1, "segmentation": runs, "area": area, "iscrowd": 0}
-
-
-def _iou_of_best(best: Sample) -> tuple[float, int, int]:
-    """IoU, intersection and union, in pixels, of a sample with at most one mask."""
-    area = int(coco_mask.area(best["truth"]))
-    shared, joined = 0, area
-    if best["masks"]:
-        shared = int(coco_mask.area(coco_mask.merge([best["truth"], best["masks"][0]], intersect=True)))
-        joined = area + int(coco_mask.area(best["masks"][0])) - shared
-    return float((np.float32(shared) + EPSILON) / (np.float32(joined) + EPSILON)), shared, joined
 
 
 def _encoded(sample: Mapping[str, ArrayLike], where: str) -> Sample:
