@@ -32,6 +32,7 @@ from engine.task import Batch, Model
 from vos.annotations import Clip, read_annotations, read_masks
 from vos.coco_files import read_samples, write_proposals, write_truth
 from vos.configs import REFYTVOS, ROWS, SMALL_WEIGHTS, Config
+from vos.data import sample_name
 from vos.masks import read_index
 from vos.metric import Runs, Sample, decode_mask, encode_masks, iou_of, score_samples
 from vos.submission import Expressions, Key, MaskFiles, Reader, score_masks, write_submission
@@ -66,10 +67,10 @@ def read_truth(config: Config) -> Truth:
     frame_of: tuple[tuple[str, int], dict[str, np.ndarray]] | None = None  # the last one that was read
     for clip in clips:
         if data.kind == "refytvos":
-            truth.clips[f"{clip.video} {clip.expression}"] = clip
+            truth.clips[sample_name(clip)] = clip
             continue
         for frame in clip.frames:
-            name = f"{clip.video} {frame} {clip.expression}"
+            name = sample_name(clip, frame)
             if name in truth.masks:
                 raise ValueError(f"{data.root}: the sample {name!r} is there twice; a sentence needs an id of its own")
             if frame_of is None or frame_of[0] != (clip.video, frame):

@@ -36,6 +36,7 @@ TINY = {
     "detection": "shapes_tiny",
     "pointcloud": "rooms_tiny",
     "toy_task": "toy_vit",
+    "vos": "referring_tiny",
 }
 PROTOCOLS = {"data": task.DataFile, "model": task.ModelFile, "evaluate": task.EvaluateFile}
 # What the sums of a batch in two orders may differ by, relative to the gradient.
