@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 
-OPACITY = 0.45  # of a mask's inside
+OPACITY = 0.5  # of a mask's inside
 LINE = 24  # pixels of the legend for a sentence
 BAR = 90  # pixels for the bar of its score
 TRACK = (70, 70, 70)
@@ -43,7 +43,7 @@ def draw_masks(frame: np.ndarray, masks: np.ndarray, colors: Sequence[Color], wi
     Where several overlap, the color is that of the first and each outline is seen.
     """
     picture = np.asarray(resized(frame, width, height)).astype(np.float32)
-    thick = max(1, round(min(width, height) / 240))
+    thick = min(max(1, round(min(width, height) / 80)), 4)
     large = [enlarge(mask, width, height) for mask in masks]
     covered = np.zeros((height, width), bool)
     for mask, color in zip(large, colors, strict=True):
