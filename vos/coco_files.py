@@ -39,10 +39,7 @@ def write_truth(path: Path, truths: Mapping[str, Runs]) -> None:
         annotations.append({**entry, "area": area_of(runs), "iscrowd": 0})
     categories = [{"id": CATEGORY, "name": "referred"}]
     tables = {"images": images, "categories": categories, "annotations": annotations}
-    lines = ",\n".join(
-        f'"{key}": [' + ",\n".join(map(json.dumps, table)) + "]"  # type: ignore[arg-type]  # tables of one type
-        for key, table in tables.items()
-    )
+    lines = ",\n".join(f'"{key}": [' + ",\n".join(map(json.dumps, table)) + "]" for key, table in tables.items())
     write_text(path, "{" + lines + "}\n")
 
 
@@ -123,7 +120,7 @@ def _runs(entry: dict[str, Any], where: str) -> Runs:
     given = entry.get("segmentation")
     if not isinstance(given, dict) or not isinstance(given.get("counts"), str):
         raise ValueError(f'{where}: segmentation is {given!r:.60}, want {{"size", "counts"}} with counts as text')
-    size = given.get("size")
+    size: Any = given.get("size")
     whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
     if not whole or size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{where}: size is {size!r:.60}, want [height, width] in pixels; {REMEDY}")
@@ -139,7 +136,7 @@ def _runs(entry: dict[str, Any], where: str) -> Runs:
 
 def _total(counts: bytes) -> int:
     """The sum of COCO's run lengths: 6 bits a letter from "0" on, the sixth says that more follow, the fifth of the
-    last one is the sign; from the third run on the difference to the one before the last. ValueError if they are none.
+    last one is the sign; from the fourth run on the difference to the one before the last. ValueError if they are none.
     """
     runs: list[int] = []
     place = value = 0

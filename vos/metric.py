@@ -156,7 +156,8 @@ def _near(pixels: np.ndarray, radius: int) -> np.ndarray:
 
 def _precision(samples: Sequence[Sample]) -> np.ndarray:
     """COCO's interpolated precision at 10 IoU thresholds and 101 recalls."""
-    images, truths, proposals = [], [], []
+    images, truths = [], []
+    proposals: list[dict[str, Any]] = []
     for number, sample in enumerate(samples, 1):
         height, width = sample["truth"]["size"]
         images.append({"id": number, "height": height, "width": width})

@@ -55,7 +55,7 @@ class Arguments(commands.Prediction):
 class Seen(NamedTuple):
     """A frame and what was found in it."""
 
-    index: int  # in the video
+    place: int  # in the video
     picture: np.ndarray  # uint8 (H, W, 3)
     masks: np.ndarray  # (N, H, W) boolean, of each sentence
     scores: list[float]  # N, of its window
@@ -81,7 +81,7 @@ def predict(config: Config, model: Model, arguments: Arguments) -> list[Path]:
         for seen in segment(config, model, video, indices, queries, arguments.min_score):
             scores.append(seen.scores)
             for folder, mask in zip(folders, seen.masks, strict=True):
-                (folder / f"{seen.index:05d}.png").write_bytes(as_png(mask))
+                (folder / f"{seen.place:05d}.png").write_bytes(as_png(mask))
             sheet.add(seen)
             yield draw_frame(seen, queries, info)
 
@@ -110,8 +110,8 @@ def segment(
         name = f"{video.name}, frames {own[0]} to {own[-1]}"
         masks, scores = segment_window(config, model, text, frames, queries, name)
         masks[np.array(scores) < min_score] = False
-        for place in new:
-            yield Seen(own[place], frames[place], masks[:, place], scores)
+        for k in new:
+            yield Seen(own[k], frames[k], masks[:, k], scores)
 
 
 def windows(count: int, length: int) -> list[tuple[list[int], list[int]]]:
@@ -190,7 +190,7 @@ class Sheet:
     def add(self, seen: Seen) -> None:
         """One more frame of the video, drawn if it is one of the sheet's."""
         self.scores.append(seen.scores)
-        if seen.index not in self.indices:
+        if seen.place not in self.indices:
             return
         size = (self.width, self.height)
         self.strips[0].append(draw_masks(seen.picture, seen.masks[:0], [], *size))
