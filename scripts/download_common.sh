@@ -21,3 +21,15 @@ export PYTHONPATH="common:."
 run() {
   if [ "$DRY_RUN" = 1 ]; then printf 'would run:'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
 }
+
+adopt() {  # ARCHIVE NAME TARGET [MAX_GIB]: unpack, and move what the folder NAME in it holds, however deep, to TARGET
+  local place found
+  place="$ARCHIVES/unpacked-$(basename "$1")"
+  "$PYTHON" "$DOWNLOAD" extract "$1" "$place" "${4:-64}"
+  found="$(find "$place" -type d -name "$2" -print -quit)"
+  [ -n "$found" ] || { echo "$1: has no folder $2; is it the right archive?" >&2; exit 1; }
+  mkdir -p "$3"
+  find "$found" -mindepth 1 -maxdepth 1 -exec mv -n -t "$3" {} +
+  rm -r "$place"
+  touch "$1.unpacked"
+}

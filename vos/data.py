@@ -59,7 +59,8 @@ class Samples:
         """The annotations, and the first and last files of frames and masks of each clip."""
         found: dict[Path, None] = {}
         for clip in self.clips:
-            for frame in clip.frames[:: max(len(clip.frames) - 1, 1)]:
+            frames = clip.frames or range(len(clip.names))
+            for frame in frames[:: max(len(frames) - 1, 1)]:
                 found |= dict.fromkeys(_files_of(self.data, clip, frame))
             found |= dict.fromkeys([clip.path] if self.data.kind == "a2d" else [])
         return Files(self.annotations.files, list(found))

@@ -73,7 +73,7 @@ def read_mat(path: Path) -> np.ndarray:
     require_file(path, REMEDY)
     try:
         stored = np.asarray(loadmat(path, variable_names=["part_mask"])["part_mask"])
-    except _DAMAGE as error:
+    except Exception as error:  # scipy's own types have nothing in common
         raise BrokenVideo(path, f"cannot be read as puppet masks ({_text(error)})", REMEDY) from error
     if stored.ndim == 2:  # MATLAB drops a last axis of one
         stored = stored[:, :, None]
