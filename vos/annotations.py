@@ -281,9 +281,11 @@ def _jhmdb_clips(root: Path, file: Path, content: list[Any], faults: Faults) -> 
         frames = grouped.setdefault((video, sentence), (folder, masks, length, []))[3]
         if int(shown[1]) not in frames:
             frames.append(int(shown[1]))
-    for (video, sentence), (folder, masks, length, frames) in grouped.items():
-        shown_frames = tuple(frames)
-        yield Clip(video, sentence, "1", "1", folder, masks, shown_frames, shown_frames, length=length)
+    counts: dict[str, int] = {}
+    for (video, sentence), (folder, masks, length, found) in grouped.items():
+        repeat = counts[video] = counts.get(video, 0) + 1
+        expression, wanted = "1" if repeat == 1 else f"1.{repeat}", tuple(found)
+        yield Clip(video, sentence, expression, "1", folder, masks, wanted, wanted, length=length)
 
 
 def _read_refytvos(data: Data, split: str, faults: Faults) -> tuple[Iterator[Clip], list[Path]]:

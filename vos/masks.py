@@ -20,7 +20,7 @@ from PIL import Image
 
 from engine.data.busy import alive
 from engine.data.video import BrokenVideo
-from engine.files import require_file
+from engine.files import irregular
 
 if TYPE_CHECKING:
     import h5py
@@ -69,8 +69,7 @@ def read_mat(path: Path) -> np.ndarray:
     """
     from scipy.io import loadmat
 
-    alive(path)
-    require_file(path, REMEDY)
+    _be_file(path)
     try:
         stored = np.asarray(loadmat(path, variable_names=["part_mask"])["part_mask"])
     except Exception as error:  # scipy's own types have nothing in common
@@ -106,10 +105,20 @@ def read_pixels(path: Path) -> np.ndarray:
         return np.array(picture.convert("RGB"))
 
 
+def _be_file(path: Path) -> None:
+    """What is no regular file is not waited for."""
+    alive(path)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; {REMEDY}") from None
+    if problem := irregular(status.st_mode):
+        raise BrokenVideo(path, problem, REMEDY)
+
+
 @contextmanager
 def _picture(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    alive(path)
-    require_file(path, REMEDY)
+    _be_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's name no file
@@ -129,8 +138,7 @@ def _opened(path: Path) -> Iterator["h5py.File"]:
         import h5py
     except ImportError as error:
         raise ImportError("A2D's masks need h5py; install it with: pip install 'dr2net[engine]'") from error
-    alive(path)
-    require_file(path, REMEDY)
+    _be_file(path)
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -90,6 +91,13 @@ def test_a_file_of_masks_that_is_none_is_named(content, tmp_path):
             read(tmp_path / name)
         with pytest.raises(FileNotFoundError, match="none"):
             read(tmp_path / "none")
+
+
+def test_a_pipe_instead_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_h5, read_h5_ids, read_mat, read_palette, read_pixels):
+        with pytest.raises(BrokenVideo, match="pipe: is a named pipe, it is not a regular file"):
+            read(tmp_path / "pipe")
 
 
 def test_tables_of_words_and_instances_with_fractions_are_named(tmp_path):
@@ -210,6 +218,8 @@ def test_entries_of_jhmdb_are_checked(tmp_path):
     )
     with pytest.raises(ValueError, match=said):
         read_annotations(data, "test")
+    file.write_text(json.dumps([*entries, [*entries[0][:4], "a runner"]]))
+    assert [(c.expression, c.frames) for c in read_annotations(data, "test").clips] == [("1", (1, 6, 7)), ("1.2", (1,))]
     file.write_text(json.dumps([["v1", "00001.png", "puppet_mask.mat", 7, "a man"]]))
     with pytest.raises(ValueError, match="entry 0: '00001.png' or 'puppet_mask.mat' does not end in"):
         read_annotations(data, "test")

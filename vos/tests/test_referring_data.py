@@ -199,7 +199,7 @@ def test_a_mask_of_nearly_the_same_shape_is_resized_as_in_mttr(a2d):
     write_masks(folder / "00002.h5", large[None, :, :-1], [0])
     sample = samples(a2d, "test")[0, 0]
     assert sample["original_size"] == (80, 119) and sample["size"] == (40, 60)
-    assert (sample["masks"][0, 0].numpy() != A).sum() <= 10
+    assert (sample["masks"][0, 0].numpy() != A).sum() <= 20  # a column of ten at each side
 
 
 def test_broken_files_are_replaced_in_training_and_gray_in_evaluation(a2d):

