@@ -27,6 +27,7 @@ import tyro
 
 from engine import commands
 from engine.command_line import parse, run_command
+from engine.data.video import BrokenVideo
 from engine.settings import Arguments
 from engine.task import Batch, Model
 from vos.annotations import Clip, read_annotations, read_masks
@@ -54,16 +55,18 @@ class Truth(NamedTuple):
     masks: dict[str, Runs]  # of a2d and jhmdb, by the sample's name
     objects: dict[str, Runs]  # all objects of the same frame together
     clips: dict[str, Clip]  # of Ref-YouTube-VOS, by the sample's name; its masks are read when they are compared
+    broken: set[str]  # names of samples whose true mask cannot be read, with on_broken="skip"
 
 
 def read_truth(config: Config) -> Truth:
     """The true masks of the test split.
 
-    Raises FileNotFoundError or ValueError if annotations or masks are missing, broken or not as configured.
+    Raises FileNotFoundError or ValueError if annotations or masks are missing, broken or not as configured; with
+    on_broken="skip" samples of broken masks are left out, with a warning.
     """
     data = config.data
     clips = read_annotations(data, "test").clips
-    truth = Truth({}, {}, {})
+    truth = Truth({}, {}, {}, set())
     frame_of: tuple[tuple[str, int], dict[str, np.ndarray]] | None = None  # the last one that was read
     for clip in clips:
         if data.kind == "refytvos":
@@ -74,7 +77,14 @@ def read_truth(config: Config) -> Truth:
             if name in truth.masks:
                 raise ValueError(f"{data.root}: the sample {name!r} is there twice; a sentence needs an id of its own")
             if frame_of is None or frame_of[0] != (clip.video, frame):
-                frame_of = (clip.video, frame), read_masks(data, clip, frame)
+                try:
+                    frame_of = (clip.video, frame), read_masks(data, clip, frame)
+                except (BrokenVideo, OSError) as error:
+                    if data.on_broken == "raise":
+                        raise
+                    warnings.warn(f"{name} is not scored: {error}", stacklevel=2)
+                    truth.broken.add(name)
+                    continue
             own = frame_of[1][clip.instance]
             every = np.any(list(frame_of[1].values()), axis=0)
             truth.masks[name], truth.objects[name] = encode_masks(np.stack([own, every]))
@@ -114,7 +124,7 @@ def score(rows: Sequence[Found], truth: Truth, config: Config) -> dict[str, floa
     """
     if config.data.kind != "refytvos":
         return score_samples(list(as_samples(rows, truth).values()))
-    found = _by_name(rows, truth.clips)
+    found = _by_name(rows, truth.clips, set())
     known = {name: clip for name, clip in truth.clips.items() if clip.instance and name in found}
     if not known:
         warnings.warn("no expression has true masks: there are no metrics, only the zip", stacklevel=2)
@@ -127,7 +137,7 @@ def score(rows: Sequence[Found], truth: Truth, config: Config) -> dict[str, floa
 def write(folder: Path, rows: Sequence[Found], truth: Truth, config: Config) -> Path:
     """predictions.json and, beside it, ground_truth.json; of Ref-YouTube-VOS submission.zip, checked before."""
     if config.data.kind == "refytvos":
-        clips = {name: truth.clips[name] for name in _by_name(rows, truth.clips)}
+        clips = {name: truth.clips[name] for name in _by_name(rows, truth.clips, set())}
         masks = {_key(truth.clips[row["name"]]): row["masks"] for row in rows}
         return write_submission(folder / "submission.zip", masks, {_key(one): one.names for one in clips.values()})
     path = folder / "predictions.json"
@@ -141,7 +151,7 @@ def as_samples(rows: Sequence[Found], truth: Truth) -> dict[str, Sample]:
     """Truth and proposals of each sample of a2d or jhmdb, in the order of the truth; of one that was not looked at
     there are no proposals, and a warning names it.
     """
-    found = _by_name(rows, truth.masks)
+    found = _by_name(rows, truth.masks, truth.broken)
     nothing = Found(name="", scores=np.zeros(0, np.float32), masks=[])
     samples = {}
     for name, mask in truth.masks.items():
@@ -183,11 +193,11 @@ def _key(clip: Clip) -> Key:
     return clip.video, clip.expression
 
 
-def _by_name(rows: Sequence[Found], wanted: Mapping[str, Any]) -> dict[str, Found]:
-    """The rows by sample, one of several (what was skipped is replaced by its neighbor) once; a warning names those
-    that were not looked at. ValueError for one that the annotations do not have.
+def _by_name(rows: Sequence[Found], wanted: Mapping[str, Any], broken: set[str]) -> dict[str, Found]:
+    """The rows by sample, each once, without those of broken truth; a warning names what was not looked at. ValueError
+    for one that the annotations do not have.
     """
-    found = {row["name"]: row for row in rows}
+    found = {row["name"]: row for row in rows if row["name"] not in broken}
     if unknown := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{unknown[0]!r}: a sample that the annotations do not have; they changed during the run")
     if lacking := [name for name in wanted if name not in found]:
@@ -226,7 +236,8 @@ def score_run(words: list[str]) -> None:
     folder, title = arguments.run, f"{config.row} seed {config.run.seed}"
     if arguments.kind not in (None, config.data.kind):
         root = arguments.root or Path("data") / arguments.kind
-        config = replace(config, data=replace(config.data, kind=arguments.kind, root=root))
+        run = replace(config.run, evaluation_batch=1)  # videos of unequal sizes and lengths
+        config = replace(config, data=replace(config.data, kind=arguments.kind, root=root), run=run)
         folder, title = folder / arguments.kind, f"{title} on {arguments.kind}"
     if arguments.floors and config.data.kind == "refytvos":
         raise ValueError("--floors are for a2d and jhmdb: of Ref-YouTube-VOS only the best query's masks are kept")
@@ -258,7 +269,7 @@ def score_weights(words: list[str]) -> None:
     if config.model.weights in (None, "kinetics", SMALL_WEIGHTS):
         raise ValueError(f"{config.row}: its weights are a backbone's; give --model.weights FILE of a whole MTTR")
     weights = Path(config.model.weights)
-    folder = config.run.output / "vos" / config.row / weights.name.removesuffix(".tar").removesuffix(".pth")
+    folder = config.run.output / "vos" / config.row / Path(weights.name.removesuffix(".tar")).stem
     network = model.build_model(config)
     commands.score_network(config, network, data, evaluate, folder, str(weights), device=config.run.device)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,15 @@ def test_truth_that_cannot_be_read_is_told_before_a_training(config):
     h5.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"00007.h5"):
         read_truth(config)
+    with h5py.File(h5, "w") as file:  # the instances can be read, the masks cannot
+        file["instance"] = np.array([1])
+    with pytest.raises(ValueError, match=r"00007.h5"):
+        read_truth(config)
+    skipping = replace(config, data=replace(config.data, on_broken="skip"))
+    with pytest.warns(UserWarning, match=r"aa 7 1 is not scored: .*00007.h5"):
+        truth = read_truth(skipping)
+    assert list(truth.masks) == ["aa 3 1", "aa 3 2", "bb 2 1"]
+    assert score(rows_of(answers(), skipping), truth, skipping)["IoU_mean"] == pytest.approx(50)
     with pytest.raises(FileNotFoundError, match=r"videoset.csv"):
         read_truth(replace(config, data=replace(config.data, root=config.data.root / "absent")))
 
