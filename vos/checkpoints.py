@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TEXT_ENCODER = "transformer.text_encoder."
 HEAD = re.compile(r"(transformer|is_referred_head|instance_kernels_head|obj_queries|vid_embed_proj|spatial_decoder)\.")
+CLASSIFIER = re.compile(r"head\.(weight|bias)$")  # torchvision's
 INSIDE = ("model_state_dict", "state_dict", "model")  # MTTR; the official Video Swin
 # A number of numpy in a pickle, as it was called before and since numpy 2. None of the three runs what it is given.
 SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
@@ -39,6 +40,8 @@ def load_file(model: "Segmenter", path: Path) -> None:
     state, source = _unwrapped(path), f"weights {path}"
     kind = kind_of(state)
     if kind == "backbone":
+        if odd := [key for key in state if key.startswith("head.") and not CLASSIFIER.match(key)]:
+            raise ValueError(f"{source}: of another task ({odd[0]}): give a Video Swin alone, or an MTTR")
         load_stages(model.backbone, state, source)
         print(f"{source}: of a Video Swin; fresh: the head")
         return

@@ -19,6 +19,7 @@ from engine.rows import rows_of
 from engine.settings import Count, NotNegative, Range, Settings, Share
 
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # a small Video Swin, made by scripts/make_swin_weights.sh
+HEAD = ("head.transformer",)  # runs again in backward wherever blocks do: without it most of what forward keeps
 Side = Annotated[int, Range(low=32, high=4096)]  # of what the network sees, pixels
 Deviation = Annotated[float, Range(low=0.001, high=1)]
 
@@ -156,7 +157,9 @@ def referring_small(method: Method) -> Config:
             clip_norm=1.0,
             precision="fp32",
         ),
-        finetuning=Finetuning(method=method, options=Options(tolerance=1e-2, chunk_mib=16, recompute_rest=True)),
+        finetuning=Finetuning(
+            method=method, also=HEAD, options=Options(tolerance=1e-2, chunk_mib=16, recompute_rest=True)
+        ),
         run=Run(micro_batch=4, num_workers=0, evaluate_every_epochs=None),
     )
 
@@ -187,7 +190,9 @@ def a2d_swint(method: Method) -> Config:
             clip_norm=0.1,
             precision="bf16",
         ),
-        finetuning=Finetuning(method=method, options=Options(tolerance=1e-2, chunk_mib=64, recompute_rest=True)),
+        finetuning=Finetuning(
+            method=method, also=HEAD, options=Options(tolerance=1e-2, chunk_mib=64, recompute_rest=True)
+        ),
         run=Run(micro_batch=3, evaluation_batch=1, num_workers=8),
     )
 

@@ -26,6 +26,7 @@ DICE_COST, REFERRED_COST = 5.0, 2.0
 ALPHA, GAMMA = 0.25, 2.0
 OTHERS = 0.1  # weight of the queries that are not the referred object's
 STRIDE = 4  # pixels per cell of a predicted mask
+PIECE = 2**22  # pixels of masks whose losses are computed at once
 
 
 class Target(NamedTuple):
@@ -64,10 +65,10 @@ def matching_costs(logits: Tensor, masks: Tensor, target: Target) -> Tensor:
 
 
 def mask_losses(masks: Tensor, truth: Tensor) -> Tensor:
-    """1 - dice and mean focal loss, sums over all pairs: logits (..., h, w), truth (..., H, W) -> (2,)."""
+    """1 - dice and mean focal loss, sums over P pairs: logits (P, h, w), truth (P, H, W) -> (2,)."""
     size = (truth.shape[-2], truth.shape[-1])
-    logits = F.interpolate(masks.float().flatten(0, -3)[:, None], size=size, mode="bilinear", align_corners=False)
-    logits, wanted = logits.flatten(1), truth.reshape(len(logits), -1).to(logits.dtype)
+    logits = F.interpolate(masks.float()[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    wanted = truth.flatten(1).to(logits.dtype)
     focal = sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).mean(dim=1)
     p = logits.sigmoid()
     dice = (2 * (p * wanted).sum(dim=1) + 1) / (p.sum(dim=1) + wanted.sum(dim=1) + 1)
@@ -96,9 +97,13 @@ def all_losses(logits: Tensor, masks: Tensor, targets: list[Target], num_targets
             with torch.no_grad():
                 cost = matching_costs(words, found, target).cpu()
             queries, objects = (index.to(logits.device) for index in assign(cost, f"sample {number} of the batch"))
-            truth = target.masks[objects].transpose(0, 1)
-            # enlarged masks are large, and quick to make again
-            sums = sums + checkpoint(mask_losses, found[:, queries], truth, use_reentrant=False)
+            truth = target.masks[objects].transpose(0, 1).flatten(0, 1)
+            number_at_once = max(1, PIECE // truth[0].numel())
+            for pair in zip(
+                found[:, queries].flatten(0, 1).split(number_at_once), truth.split(number_at_once), strict=True
+            ):
+                # enlarged masks are large, and quick to make again
+                sums = sums + checkpoint(mask_losses, *pair, use_reentrant=False)
             referred = referred + referred_loss(words, queries, objects, target)
         masks_of_layer = sums * sums.new_tensor([DICE, FOCAL]) / num_targets
         layers.append(torch.cat([masks_of_layer, REFERRED * referred[None] / len(targets)]))
