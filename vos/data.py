@@ -52,6 +52,13 @@ class Samples:
         self.clips = annotations.clips
         self.cache = FrameCache(int(data.cache_gib * 2**30))
         self.items = [(i, place) for i, clip in enumerate(self.clips) for place in _places(data, clip, train)]
+        # Of each item its video, of each video its first item: where one is broken, so are all of its items.
+        order = {name: i for i, name in enumerate(dict.fromkeys(clip.video for clip in self.clips))}
+        self.video_of = [order[self.clips[i].video] for i, _ in self.items]
+        first: dict[int, int] = {}
+        for item, video in enumerate(self.video_of):
+            first.setdefault(video, item)
+        self.first_of = [first[video] for video in range(len(order))]
         sentences = [clip.sentence for clip in self.clips]
         text.prepare(sentences + ([mirror_sentence(s) for s in sentences] if train and data.flip else []))
 
@@ -69,16 +76,21 @@ class Samples:
         return len(self.items)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """The sample. With on_broken="skip", of an unusable file: in training one of the next usable clip, in
+        """The sample. With on_broken="skip", of an unusable file: in training one of the next usable video, in
         evaluation a gray one, so that the metric sees each sample once.
         """
         index, sample_seed = key
         if self.train:
+            first = self.video_of[index]
+
+            def place_of(video: int) -> int:
+                return index if video == first else self.first_of[video]
+
             sample, _, skipped = read_usable(
-                lambda i: self._training(i, sample_seed),
-                index,
-                len(self.items),
-                lambda i: self._name(*self.items[i]),
+                lambda video: self._training(place_of(video), sample_seed),
+                first,
+                len(self.first_of),
+                lambda video: self._name(*self.items[place_of(video)]),
                 self.data.on_broken,
                 self.data.root,
             )

@@ -151,10 +151,11 @@ def _opened(path: Path) -> Iterator["h5py.File"]:
 def _table(path: Path, file: "h5py.File", name: str) -> np.ndarray:
     import h5py
 
-    found = file.get(name)
+    link = file.get(name, getlink=True)
+    found = file.get(name) if isinstance(link, h5py.HardLink) else None  # others may lead to another file
     if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "biuf" or found.shape is None:
         raise BrokenVideo(path, f"has no table {name!r} of numbers", REMEDY)
-    if found.size > MAX_VALUES or found.external:
+    if found.size > MAX_VALUES or found.external or found.is_virtual:
         raise BrokenVideo(path, f"has {name!r} of {found.shape} values, or elsewhere; not as published", REMEDY)
     return np.asarray(found[()])
 

@@ -110,6 +110,20 @@ def test_tables_of_words_and_instances_with_fractions_are_named(tmp_path):
             read_h5_ids(tmp_path / f"{name}.h5")
 
 
+def test_tables_that_are_kept_elsewhere_are_not_followed(tmp_path):
+    write_masks(tmp_path / "a.h5", np.stack([A]), [0])
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["instance"] = np.zeros(1)
+        file["reMask"] = h5py.ExternalLink("a.h5", "reMask")
+    with pytest.raises(BrokenVideo, match="b.h5: has no table 'reMask' of numbers"):
+        read_h5(tmp_path / "b.h5")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["instance"] = np.zeros(1)
+        file.create_dataset("reMask", (1 << 20, 1 << 20), np.uint8, chunks=(64, 64))
+    with pytest.raises(BrokenVideo, match=r"c.h5: has 'reMask' of \(1048576, 1048576\) values"):
+        read_h5(tmp_path / "c.h5")
+
+
 def test_the_other_name_of_the_folder_of_clips_is_known_and_none_is_an_error(a2d):
     (a2d.root / "Release" / "clips320H").rename(a2d.root / "Release" / "CLIPS320")
     assert quietly(a2d, "train")[0].path == a2d.root / "Release" / "CLIPS320" / "one.mp4"

@@ -210,13 +210,9 @@ def test_broken_files_are_replaced_in_training_and_gray_in_evaluation(a2d):
     skipping = replace(a2d, on_broken="skip")
     with pytest.warns(UserWarning, match="skipped: .*one.mp4"):
         sample = samples(skipping, "train")[0, 0]
-    assert sample["name"].startswith("two ") and sample["skipped"] == [
-        "one 2 0",
-        "one 6 0",
-        "one 12 0",
-        "one 2 3",
-        "one 6 3",
-    ]
+    assert sample["name"] == "two 2 0" and sample["skipped"] == ["one 2 0"]
+    with pytest.warns(UserWarning, match="skipped: .*one.mp4"):
+        assert samples(skipping, "train")[4, 0]["skipped"] == ["one 6 3"]
     own = samples(skipping, "test")
     with pytest.warns(UserWarning, match="skipped: .*three.mp4"):
         names = [own[i, 0]["name"] for i in range(5)]
