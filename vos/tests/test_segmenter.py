@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import dr2net
 from engine.config import METHODS
 from engine.training.finetuning import apply_method, set_coefficients, set_mode
+from engine.training.plan import plan_row
 from vos.configs import ROWS, Config
 from vos.head import Frames
 from vos.model import Segmenter, build_model, example_batch
@@ -144,8 +145,7 @@ def test_unequal_sizes_frames_objects_and_sentences_train_in_one_batch() -> None
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_what_is_beneath_the_padding_changes_nothing_but_by_the_backbone() -> None:
-    """The head is told what is padding: padded words have no part."""
+def test_padded_words_have_no_part_in_the_masks() -> None:
     model = build(small_config()).eval()
     batch = batch_of(*unlike())
     outputs = model(batch)
@@ -218,6 +218,15 @@ def test_some_queries_frame_by_frame_are_those_of_all() -> None:
     every = model.head.segment(outputs, batch)
     few = list(model.head.segment_frames(outputs, batch, 2, torch.tensor([7, 1])))
     assert torch.equal(torch.stack(few), every[2].masks[:, [7, 1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row, most_gib", [("a2d_swint_dr2net", 2.58), ("refytvos_swint_dr2net", 1.6)])
+def test_the_predicted_peak_of_the_paper_rows_stays_where_it_is_promised(row: str, most_gib: float) -> None:
+    """A tenth of what A2D takes conventionally; Ref-YouTube-VOS, whose head sees twelve frames."""
+    config = ROWS[row]()
+    record = plan_row(config, build_model(config, pretrained=False), lambda: example_batch(config))
+    assert record.memory["peak"] <= most_gib * 2**30
 
 
 def test_examples_have_the_largest_shapes_and_a2d_s_windows_one_annotated_frame() -> None:
