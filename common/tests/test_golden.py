@@ -29,13 +29,14 @@ FAMILIES = {
     "untrimmed_tiny": "action_detection",
     "shapes_tiny": "detection",
     "rooms_tiny": "pointcloud",
+    "referring_tiny": "vos",
 }
 INPUTS = ("image", "video", "position", "features")  # of a batch: what is drawn
 NUM_STEPS = 5
 # Relative; kernels of another processor add in another order.
-SAME = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-5, "shapes_tiny": 1e-3, "rooms_tiny": 1e-5}
-# In detection a last bit matches another query sooner or later; from then on the numbers are others.
-COMPARED = {"shapes_tiny": 3}
+SAME = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-5, "shapes_tiny": 1e-3, "rooms_tiny": 1e-5, "referring_tiny": 1e-4}
+# Where queries are matched, a last bit matches another sooner or later; from then on the numbers are others.
+COMPARED = {"shapes_tiny": 3, "referring_tiny": 3}
 
 
 def build(name: str) -> tuple[Config, Model, list[Batch]]:
