@@ -1,6 +1,7 @@
 """The rules of the house, checked on the source: imports, equal task folders, safe calls, READMEs that are true."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -225,6 +227,17 @@ def test_the_result_that_a_readme_expects_is_that_of_a_record(task: str) -> None
         runs = json.loads((ROOT / "results" / task / f"{row}.json").read_text())["runs"]
         (run,) = [run for run in runs if run["seed"] == int(seed)]
         assert metrics == ", ".join(f"{name} {value:.1f}" for name, value in run["metrics"].items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_settings_that_a_readme_names_exist(task: str) -> None:
+    rows = importlib.import_module(f"{task}.configs").ROWS
+    config = next(build() for name, build in rows.items() if name.endswith("_dr2net"))
+    for flag in re.findall(r"`[^`]*?--(\w+\.[\w.-]*\w)", (ROOT / task / "README.md").read_text()):
+        found: Any = config
+        for name in flag.replace("-", "_").split("."):
+            assert hasattr(found, name) or hasattr(found, name.removeprefix("no_")), f"--{flag}"
+            found = getattr(found, name, None)
 
 
 @pytest.mark.parametrize("readme", readmes(), ids=relative)
