@@ -2,18 +2,14 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_mirror import script, serving
 
 from action_recognition import prepare
 from action_recognition.configs import ROWS, Data
@@ -92,44 +88,34 @@ def test_a_synthetic_set_asked_for_twice_is_written_once(tmp_path, capsys):
         assert f"38 clips in 4 classes, {state}" in capsys.readouterr().out
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
-
-
 @pytest.fixture
 def mirror(tmp_path) -> Iterator[tuple[str, Path]]:
     """A mirror of two training archives, one of validation and the replacements, as the real one is laid out."""
     folder = tmp_path / "mirror"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    url = f"http://127.0.0.1:{server.server_port}"
-    write_video_to = tmp_path / "v.mp4"
-    write_video(write_video_to, np.zeros((3, 32, 32, 3), np.uint8), 10)
+    folder.mkdir()
+    with serving(folder) as url:
+        write_video_to = tmp_path / "v.mp4"
+        write_video(write_video_to, np.zeros((3, 32, 32, 3), np.uint8), 10)
 
-    def archive(path: Path, names: list[str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w:gz") as bundle:
-            for name in names:
-                info = tarfile.TarInfo(f"{name}.mp4")
-                info.size = write_video_to.stat().st_size
-                bundle.addfile(info, io.BytesIO(write_video_to.read_bytes()))
+        def archive(path: Path, names: list[str]) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(path, "w:gz") as bundle:
+                for name in names:
+                    info = tarfile.TarInfo(f"{name}.mp4")
+                    info.size = write_video_to.stat().st_size
+                    bundle.addfile(info, io.BytesIO(write_video_to.read_bytes()))
 
-    archive(folder / "train" / "part_0.tar.gz", ["./a_000001_000011"])
-    archive(folder / "train" / "part_1.tar.gz", ["./b_000002_000012"])
-    archive(folder / "val" / "part_0.tar.gz", ["c_000003_000013"])
-    archive(folder / "replacement_for_corrupted_k400.tgz", ["b_000002_000012"])
-    (folder / "annotations").mkdir()
-    for split, rows in (("train", ["x,a,1,11", "y,b,2,12"]), ("val", ["x,c,3,13"])):
-        parts = sorted((folder / split).iterdir())
-        (folder / split / f"k400_{split}_path.txt").write_text("\n".join(f"{url}/{split}/{p.name}" for p in parts))
-        lines = ["label,youtube_id,time_start,time_end,split"] + [f"{row},{split}" for row in rows]
-        (folder / "annotations" / f"{split}.csv").write_text("\n".join(lines))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield url, folder
-    server.shutdown()
-    thread.join()
-    server.server_close()
+        archive(folder / "train" / "part_0.tar.gz", ["./a_000001_000011"])
+        archive(folder / "train" / "part_1.tar.gz", ["./b_000002_000012"])
+        archive(folder / "val" / "part_0.tar.gz", ["c_000003_000013"])
+        archive(folder / "replacement_for_corrupted_k400.tgz", ["b_000002_000012"])
+        (folder / "annotations").mkdir()
+        for split, rows in (("train", ["x,a,1,11", "y,b,2,12"]), ("val", ["x,c,3,13"])):
+            parts = sorted((folder / split).iterdir())
+            (folder / split / f"k400_{split}_path.txt").write_text("\n".join(f"{url}/{split}/{p.name}" for p in parts))
+            lines = ["label,youtube_id,time_start,time_end,split"] + [f"{row},{split}" for row in rows]
+            (folder / "annotations" / f"{split}.csv").write_text("\n".join(lines))
+        yield url, folder
 
 
 def test_kinetics_is_fetched_unpacked_checked_and_not_fetched_again(mirror, tmp_path, monkeypatch):
@@ -158,12 +144,6 @@ def test_a_dry_run_fetches_nothing(tmp_path, capsys, monkeypatch):
     assert run(monkeypatch, *words, "--download", "--dry-run") == 0
     assert "would fetch http://127.0.0.1:9/annotations/train.csv" in capsys.readouterr().out
     assert not (tmp_path / "k").exists()
-
-
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_the_ssv2_script_unpacks_cut_archives_and_names_labels(motion, tmp_path):

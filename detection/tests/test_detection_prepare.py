@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from toy_mirror import script, serving
 
 from detection import prepare
 from detection.configs import ROWS
@@ -166,6 +163,9 @@ def test_a_download_names_the_script(monkeypatch):
     assert "nothing to download for --kind yolo" in said
 
 
+download_coco = partial(script, "download_coco.sh")
+
+
 @pytest.fixture
 def mirror(root, tmp_path) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """A web server on 127.0.0.1 with the three archives, its folder, and what the script has to be told of them."""
@@ -182,47 +182,31 @@ def mirror(root, tmp_path) -> Iterator[tuple[str, Path, dict[str, str]]]:
                 bundle.write(file, f"{inside}/{file.name}")
         data = (folder / path).read_bytes()
         variables[name] = f"{len(data)} {hashlib.md5(data).hexdigest()}"
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, variables
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
-    command = ["bash", str(ROOT / "scripts" / "download_coco.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    with serving(folder) as address:
+        yield address, folder, variables
 
 
 @pytest.mark.slow
 def test_the_script_fetches_checks_and_unpacks_and_goes_on_where_it_stopped(root, mirror, tmp_path):
     address, served, variables = mirror
     own = tmp_path / "own"
-    wrong = script(str(own), SITE=address, **variables | {"VAL": variables["VAL"][:-4] + "0000"})
+    wrong = download_coco(str(own), SITE=address, **variables | {"VAL": variables["VAL"][:-4] + "0000"})
     assert wrong.returncode == 1 and "instead of" in wrong.stderr and "val2017.zip" in wrong.stderr
     assert (own / "annotations" / "instances_val2017.json").is_file() and not (own / "val2017").exists()
     (served / "annotations" / "annotations_trainval2017.zip").unlink()  # is not asked for again
-    done = script(str(own), SITE=address, **variables)
+    done = download_coco(str(own), SITE=address, **variables)
     assert done.returncode == 0 and "  complete" in done.stdout, done.stdout + done.stderr
     for part in ("annotations", "train2017", "val2017"):
         assert snapshot(own / part).keys() == {own / path.relative_to(root) for path in snapshot(root / part)}
         assert sorted(snapshot(own / part).values()) == sorted(snapshot(root / part).values())
     for archive in (own / "archives").glob("*.zip"):
         archive.unlink()
-    again = script(str(own), "--dry-run", SITE=address, **variables)
+    again = download_coco(str(own), "--dry-run", SITE=address, **variables)
     assert again.returncode == 0 and "download.py fetch" not in again.stdout and "detection.prepare" in again.stdout
 
 
 def test_the_script_has_a_dry_run_with_the_true_addresses_and_refuses_unknown_words(tmp_path):
-    done = script(str(tmp_path / "none"), "--dry-run")
+    done = download_coco(str(tmp_path / "none"), "--dry-run")
     assert done.returncode == 0 and not (tmp_path / "none").exists(), done.stderr
     for words in (
         "http://images.cocodataset.org/zips/train2017.zip",
@@ -232,9 +216,10 @@ def test_the_script_has_a_dry_run_with_the_true_addresses_and_refuses_unknown_wo
         "detection.prepare --kind coco",
     ):
         assert words in done.stdout
-    assert "train2017" not in script(str(tmp_path), "--dry-run", PARTS="val annotations").stdout.replace("trainval", "")
-    assert script("--frobnicate").returncode == 2
-    assert script(str(tmp_path), PARTS="test").returncode == 2
+    said = download_coco(str(tmp_path), "--dry-run", PARTS="val annotations").stdout
+    assert "train2017" not in said.replace("trainval", "")
+    assert download_coco("--frobnicate").returncode == 2
+    assert download_coco(str(tmp_path), PARTS="test").returncode == 2
 
 
 def test_a_synthetic_set_asked_for_twice_is_written_once_and_passes(tmp_path, capsys, monkeypatch):

@@ -73,7 +73,7 @@ def test_the_file_holds_every_weight_of_the_whole_detector_trained(trained, caps
     assert not trained.with_suffix(".checkpoint").exists()
 
 
-def test_with_one_class_every_second_scene_is_a_forest_and_a_row_keeps_the_class_layers(trained, tmp_path, monkeypatch):
+def test_with_one_class_most_scenes_are_forests_and_a_row_keeps_the_class_layers(trained, tmp_path, monkeypatch):
     output = tmp_path / "small.safetensors"
     start(monkeypatch, output, "--steps", "1", "--one-class", "--start", str(trained))
     config = pretraining_config(one_class=True)

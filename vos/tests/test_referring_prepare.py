@@ -1,21 +1,17 @@
 """Counting, naming what is odd, missing or damaged in the three layouts; the download scripts, on 127.0.0.1."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from toy_mirror import script, serving
 
 from engine import commands
 from engine.data.check import Check
@@ -147,24 +143,8 @@ def mirror(tmp_path) -> Iterator[tuple[str, Path]]:
     """A web server on 127.0.0.1 and the folder that it serves."""
     folder = tmp_path / "served"
     folder.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
-    command = ["bash", str(ROOT / "scripts" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    with serving(folder) as address:
+        yield address, folder
 
 
 def pack(path: Path, folder: Path, inside: str) -> None:
