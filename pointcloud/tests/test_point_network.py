@@ -150,6 +150,20 @@ def test_conventional_and_frozen_recompute_nothing_and_frozen_blocks_pass_gradie
     assert found["tokenizer.stages.0.first.weight"].abs().sum() > 0, "through the frozen blocks"
 
 
+def test_in_bfloat16_the_rebuilt_gradient_is_that_of_stored_activations():
+    config, model = network("dr2net")
+    apply_method(model, config.finetuning)
+    set_mode(model, config.finetuning)
+    set_coefficients(model, config.finetuning, 0.5)
+    (sequence,) = (m for m in model.modules() if isinstance(m, ReversibleSequence))
+    batch, found = noisy_batch(config), []
+    for store in (False, True):
+        sequence.store = store
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model, batch))
+    assert difference(*found) < 1e-6, "8e-4 while all blocks added to a bfloat16 gradient of the positions"
+
+
 def test_at_one_zero_the_surrogate_is_the_network():
     config, model = network(drop_path=0.0)
     batch, plain = noisy_batch(config), None
