@@ -55,6 +55,13 @@ class Data(engine_config.Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.test_area in self.train_areas or len(set(self.train_areas)) < len(self.train_areas):
+            raise ValueError(
+                f"--data.train-areas {' '.join(map(str, self.train_areas))}: name each area once, and not "
+                f"--data.test-area {self.test_area}"
+            )
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"--data.scale {self.scale[0]:g} {self.scale[1]:g}: the smaller factor comes first")
         points = self.num_points
         for ratio in self.ratios:
             if points < self.neighbors or points // ratio < 1:

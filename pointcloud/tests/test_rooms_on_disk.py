@@ -1,5 +1,6 @@
 """S3DIS's files: class orders, known faults repaired and named, bad files refused with one clear line, the cache."""
 
+import os
 import warnings
 from dataclasses import replace
 
@@ -139,6 +140,27 @@ def test_area_5_must_be_complete(tmp_path):
     with pytest.raises(ValueError, match="Area_5 lacks 1 rooms: hallway_6"):
         find_rooms(data_of(tmp_path, rooms="official"), [5])
     assert len(find_rooms(data_of(tmp_path), [5])) == 67
+    for name in ("hallway_6", "office_1 (copy)"):
+        (tmp_path / "Area_5" / name).mkdir()
+    with pytest.raises(ValueError, match=r"Area_5 has, beside its own, 1 rooms: office_1 \(copy\)"):
+        find_rooms(data_of(tmp_path, rooms="official"), [5])
+
+
+def test_an_official_training_area_has_its_number_of_rooms(tmp_path):
+    for k in range(44):
+        (tmp_path / "Area_1" / f"room_{k}").mkdir(parents=True)
+    assert len(find_rooms(data_of(tmp_path, rooms="official"), [1])) == 44
+    (tmp_path / "Area_1" / "room_7").rmdir()
+    with pytest.raises(ValueError, match="Area_1 has 43 rooms instead of the official 44"):
+        find_rooms(data_of(tmp_path, rooms="official"), [1])
+
+
+@pytest.mark.parametrize("changes", [{"test_area": 1}, {"train_areas": (1, 2, 2)}, {"scale": (1.1, 0.9)}])
+def test_areas_that_overlap_and_ranges_that_are_reversed_are_refused(changes):
+    with pytest.raises(
+        ValueError, match="name each area once, and not --data.test-area|the smaller factor comes first"
+    ):
+        Data(**changes)
 
 
 def test_what_is_kept_is_used_until_the_files_change(tmp_path, monkeypatch):
@@ -154,6 +176,38 @@ def test_what_is_kept_is_used_until_the_files_change(tmp_path, monkeypatch):
     path = room.files[0]
     path.write_text(path.read_text() + "0 0 0 1 2 3\n")
     assert len(load_room(room)) == len(first) + 1
+
+
+def test_a_file_written_again_in_the_same_size_is_read_again(tmp_path):
+    table = np.array([[0, 0, 0, 1, 2, 3, 7.0], [1, 1, 1, 1, 2, 3, 8.0]])
+    path = tmp_path / "Area_1_office_1.npy"
+    for labels in ([7, 8], [8, 7]):  # as who notices that the classes were in the other order
+        table[:, 6] = labels
+        np.save(path, table)
+        (room,) = find_rooms(data_of(tmp_path, kind="npy"), [1])
+        assert load_room(room)["label"].tolist() == FROM_POINTNET[labels].tolist()
+        assert sorted(load_voxels(room, 0.1)["label"]) == sorted(FROM_POINTNET[labels])
+
+
+def test_what_was_repaired_is_told_each_time_and_not_only_the_first(tmp_path):
+    room = one_room(tmp_path)
+    path = tmp_path / "Area_1" / "office_1" / "Annotations" / "wall_1.txt"
+    path.write_bytes(path.read_bytes() + b"1 1 1 185\x00187 3\n")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="wall_1.txt: line 61"):
+            assert len(load_room(room)) == 181
+
+
+def test_a_cache_that_says_something_else_is_made_anew(tmp_path):
+    room = one_room(tmp_path)
+    first = load_room(room)
+    note = tmp_path / ".dr2net" / "rooms" / "Area_1_office_1.json"
+    for said in ("[]", "{}", "{", '{"notes": 3}'):
+        note.write_text(said)
+        assert np.array_equal(load_room(room), first)
+    np.savez(note.with_suffix(".npz"), first)
+    os.replace(note.with_suffix(".npz"), note.with_suffix(".npy"))
+    assert np.array_equal(load_room(room), first)
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_done_without(tmp_path, monkeypatch):
@@ -203,6 +257,30 @@ def test_a_bad_array_is_refused_by_name(tmp_path, values, said):
     assert path.name in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("coord", np.zeros((4, 2))),
+        ("coord", np.zeros(())),
+        ("color", np.zeros((4, 4))),
+        ("color", np.zeros((3, 3))),
+        ("segment", np.zeros((4, 2))),
+        ("segment", np.zeros((4, 1), "U3")),
+        ("segment", np.full((4, 1), -1)),
+        ("coord", np.zeros((4, 3), complex)),
+    ],
+)
+def test_pointcepts_arrays_of_other_shapes_and_kinds_are_refused_by_name(tmp_path, name, wrong):
+    arrays = {"coord": np.zeros((4, 3)), "color": np.zeros((4, 3)), "segment": np.zeros((4, 1)), name: wrong}
+    folder = tmp_path / "Area_1" / "office_1"
+    folder.mkdir(parents=True)
+    for key, values in arrays.items():
+        np.save(folder / f"{key}.npy", values)
+    (room,) = find_rooms(data_of(tmp_path, kind="pointcept"), [1])
+    with pytest.raises(ValueError, match="office_1"):
+        load_room(room)
+
+
 def test_an_array_of_objects_and_a_cut_file_are_refused(tmp_path):
     path = tmp_path / "Area_1_office_1.npy"
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
@@ -228,6 +306,25 @@ def test_one_point_of_each_cube_is_kept_the_same_each_time(tmp_path):
 def test_coordinates_that_are_no_meters_are_refused():
     with pytest.raises(ValueError, match="must be in meters"):
         voxelize(np.array([[0, 0, 0], [1e9, 0, 0]]), 0.04, np.random.default_rng(0))
+
+
+def test_a_stray_point_far_away_does_not_merge_the_voxels_of_a_room():
+    room = np.stack(np.meshgrid(*[np.arange(6) * 0.04 + 0.02] * 3), axis=-1).reshape(-1, 3)
+    far = np.full((1, 3), 0.04 * 1e6)  # 10^18 cubes: more than floats can number one by one
+    assert len(voxelize(np.concatenate([room, far]), 0.04, np.random.default_rng(0))) == 6**3 + 1
+
+
+def test_a_room_far_from_the_origin_is_refused_and_one_in_millimeters_warned_of(tmp_path):
+    folder = tmp_path / "Area_1" / "office_1" / "Annotations"
+    folder.mkdir(parents=True)
+    (room,) = find_rooms(data_of(tmp_path), [1])
+    (folder / "wall_1.txt").write_text("500000.123 10 2 1 2 3\n")
+    (room,) = find_rooms(data_of(tmp_path), [1])
+    with pytest.raises(ValueError, match="office_1: coordinates up to 500000.12 m .* subtract the same offset"):
+        load_room(room)
+    (folder / "wall_1.txt").write_text("0 0 0 1 2 3\n5000 10 2 1 2 3\n")
+    with pytest.warns(UserWarning, match="office_1: reaches over 5e.03; are these meters"):
+        load_room(room)
 
 
 def test_a_composed_set_without_a_stamp_says_how_to_write_it(tmp_path):
