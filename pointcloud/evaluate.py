@@ -11,7 +11,7 @@ complete. The number is that of the last epoch: nothing is chosen on the test ar
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -71,18 +71,26 @@ def count_room(model: Model, room: EvaluationRoom, config: Config) -> RoomCounts
 
 
 @torch.no_grad()
-def predict_voxels(model: Model, room: EvaluationRoom, config: Config) -> np.ndarray:
-    """(V, K) float32, the mean logits of the room's voxels over all crops that have them. ValueError if not finite."""
+def predict_voxels(
+    model: Model, room: EvaluationRoom, config: Config, on_seen: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """(V, K) float32, the mean logits of the room's voxels over all crops that have them. ValueError if not finite.
+
+    on_seen is called with the number of voxels that each group of crops saw for the first time.
+    """
     device = next(model.parameters()).device
     total = np.zeros((len(room.cloud.xyz), config.data.num_classes), np.float32)
     count = np.zeros(len(total), np.int64)
     crops = room.crops()
     while group := list(islice(crops, config.run.micro_batch)):
         batch = to_device(stack([sample for _, sample in group]), device)
-        logits = model(batch)["logits"].float().cpu().numpy()
+        logits, seen = model(batch)["logits"].float().cpu().numpy(), 0
         for (index, _), values in zip(group, logits, strict=True):
+            seen += int((count[index] == 0).sum())
             total[index] += values[: len(index)]  # what follows repeats points
             count[index] += 1
+        if on_seen is not None:
+            on_seen(seen)
     mean = total[room.own] / count[room.own, None]
     if not np.isfinite(mean).all():
         raise ValueError(f"the network's answer to {room.room.title} is not finite; has training diverged?")

@@ -114,15 +114,15 @@ def _told(function: Callable[[Job], Result], job: Job) -> Result:
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar in the terminal, on stderr; yields the function that moves it by one."""
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar in the terminal, on stderr; yields the function that moves it by one, or by as much as it is given."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda count=1: progress.advance(task, count)
 
 
 def tracked(title: str, items: Counted[Job]) -> Iterator[Job]:
