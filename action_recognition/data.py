@@ -10,8 +10,6 @@ devices and accumulation steps must not change what is learned. Not here: decodi
 (engine.data.transforms).
 """
 
-import csv
-import io
 import os
 import warnings
 from pathlib import Path
@@ -26,7 +24,7 @@ from engine.config import Split
 from engine.data import transforms
 from engine.data.fingerprint import Files
 from engine.data.video import FrameCache, VideoInfo, read_usable
-from engine.files import read_json, read_text
+from engine.files import read_csv, read_json
 
 Subset = Literal["train", "validation"]
 REMEDY = "download it again (`python -m action_recognition.prepare`), or set --data.root"
@@ -298,21 +296,20 @@ def collate(samples: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def _load_csv(path: Path, kind: str) -> list[dict[str, str]]:
     """The rows by column. ValueError naming file and line for another form, FileNotFoundError."""
     columns = {"path", "label"} if kind == "csv" else {"label", "youtube_id", "time_start", "time_end"}
-    text = io.StringIO(read_text(path, REMEDY), newline="")
-    try:
-        reader = csv.DictReader(text, fieldnames=["path", "label"] if kind == "csv" else None)
-        if lacking := columns - set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: the columns {', '.join(sorted(lacking))} are missing")
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as csv ({error}); {REMEDY}") from error
-    for number, row in enumerate(rows, start=1):
-        if any(row[column] is None for column in columns):
+    lines = [fields for _, fields in read_csv(path, REMEDY)]
+    names = ["path", "label"] if kind == "csv" else lines.pop(0) if lines else []
+    if lacking := columns - set(names):
+        raise ValueError(f"{path}: the columns {', '.join(sorted(lacking))} are missing")
+    rows = []
+    for number, fields in enumerate(lines, start=1):
+        row = dict(zip(names, fields, strict=False))
+        if columns - row.keys():
             raise ValueError(f"{path}: row {number} is incomplete: {row}")
-        if None in row:  # where csv puts what is beyond the last column
+        if len(fields) > len(names):
             raise ValueError(f"{path}: row {number} has more columns than there are; quote a comma: {str(row)[:200]}")
         if kind == "kinetics" and not (_is_count(row["time_start"]) and _is_count(row["time_end"])):
             raise ValueError(f"{path}: row {number}: the times are not whole seconds: {str(row)[:200]}")
+        rows.append(row)
     if kind == "csv" and rows and _is_heading(rows[0], path.parent):
         remedy = "take the line out; if it is a video, give its file a suffix"
         raise ValueError(f"{path}: line 1 ({rows[0]['path']},{rows[0]['label']}) is a heading, not a video; {remedy}")

@@ -39,7 +39,8 @@ def test_a_heading_is_no_class(heading, root):
         ("a/1.mp4," + "9" * 5000 + "\n", "class number 9{40} is too large"),
         ("a/1.mp4,run,3\n", "row 1 has more columns"),
         ("a/1.mp4\n", "row 1 is incomplete"),
-        ("a/1.mp4," + "x" * 200_000 + "\n", "cannot be read as csv"),
+        ('a/1.mp4,"run\na/2.mp4,walk\n', "the quote that opens in line 1 goes on to line 2"),
+        ("a/1.mp4," + "x" * 200_000 + "\n", "line 1 cannot be read as csv"),
     ],
 )
 def test_a_list_with_something_else_in_it_is_named_at_once(lines, match, root):

@@ -1,6 +1,7 @@
 """Small files: read with one line about what is wrong; written whole or not at all.
 
     read_json(path, "download it again")      # the one way in which this repository opens a JSON file
+    read_csv(path, "download it again")       # and one of commas
 
 Written under a temporary name, synced, renamed.
 
@@ -9,6 +10,8 @@ beside it, which whoever owns the folder may delete. Not here: what is in them.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import stat
@@ -90,6 +93,28 @@ def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"the number {digits[:12]}... has {len(digits)} digits")
     return int(digits)
+
+
+def read_csv(path: Path, remedy: str) -> list[tuple[int, list[str]]]:
+    """The rows of a file of commas, each with the number of its line; empty lines are left out.
+
+    Raises as `read_text`, and ValueError naming the line for a field that is too long, or goes over a line's end, as
+    behind a quote that nobody closed: it holds the rows up to the next quote, which would be gone in silence.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, remedy), newline=""))
+    rows: list[tuple[int, list[str]]] = []
+    line = 1
+    try:
+        for row in reader:
+            if any("\n" in field or "\r" in field for field in row):
+                ends = f"the quote that opens in line {line} goes on to line {reader.line_num}"
+                raise ValueError(f"{path}: {ends}; close it in its line, and write a quote inside of quotes twice")
+            if row:
+                rows.append((line, row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {line} cannot be read as csv ({error}); {remedy}") from error
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:

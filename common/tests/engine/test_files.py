@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.data.video import write_video
-from engine.files import appearing, read_json, read_text
+from engine.files import appearing, read_csv, read_json, read_text
 
 BAD = {
     "not JSON": (b"{", "cannot be read as JSON"),
@@ -55,6 +55,25 @@ def test_there_is_one_way_to_open_a_json_file():
     found = [path.name for path in files if "tests" not in path.parts and opened.search(path.read_text())]
     # The campaign compares that reader with a plain parser.
     assert len(files) > 50 and found == ["mutate_files.py"]
+
+
+def test_rows_of_commas_have_the_numbers_of_their_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffa,"b, ""c"""\r\n\r\nd,e\u2028f\r\n'.encode())
+    assert read_csv(path, "mend it") == [(1, ["a", 'b, "c"']), (3, ["d", "e\u2028f"])]
+    path.write_text('a,b\nc,"d\ne,f\ng,"h\n')
+    with pytest.raises(ValueError, match=r"a.csv: the quote that opens in line 2 goes on to line 4; close it"):
+        read_csv(path, "mend it")
+    path.write_text("a,b\nc," + "d" * 200_000)
+    with pytest.raises(ValueError, match=r"a.csv: line 2 cannot be read as csv .*; mend it"):
+        read_csv(path, "mend it")
+
+
+def test_there_is_one_way_to_open_a_file_of_commas():
+    root = Path(__file__).parents[3]
+    tops = ("common/engine", "scripts", "action_*", "detection", "pointcloud", "vos")
+    files = [path for top in tops for path in root.glob(f"{top}/**/*.py") if "tests" not in path.parts]
+    assert [p.name for p in files if re.search(r"csv\.(Dict)?[Rr]eader", p.read_text())] == ["files.py"]
 
 
 def test_large_values_that_nobody_needs_are_let_go_wherever_they_stand(tmp_path):
