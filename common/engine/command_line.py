@@ -1,6 +1,6 @@
 """Command lines that fail well: what a user can mend is one line on the standard error and exit code 1.
 
-    run_command(main)                            # main(words) -> exit code or None
+    run_command(main)                            # main(words) -> exit code or None; warnings are one line each
     arguments = parse(Arguments, words)          # a dataclass of the words; ValueError, in one line, if they make none
 
 Anything else is a fault of the program and keeps its traceback. Not here: what the commands do (`commands.py`).
@@ -12,7 +12,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -23,7 +24,8 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowErr
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words and exit."""
     try:
-        code = main(sys.argv[1:])
+        with short_warnings():
+            code = main(sys.argv[1:])
         _flush()
         sys.exit(code)
     except subprocess.CalledProcessError as error:  # which has said itself what is wrong
@@ -32,6 +34,25 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         )
     except USER_ERRORS as error:
         sys.exit(f"error: {one_line(error)}")
+
+
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """What this repository warns of is for users: one line, without the place in the program and its source there."""
+    usual = warnings.formatwarning
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is not UserWarning:
+            return usual(message, category, filename, lineno, line)
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _flush() -> None:
