@@ -6,8 +6,9 @@ DRY_RUN=0
 
 for argument in "$@"; do
   case "$argument" in
+    -h|--help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     --dry-run) DRY_RUN=1 ;;
-    -*) echo "unknown option $argument; known: --dry-run" >&2; exit 2 ;;
+    -*) echo "unknown option $argument; --help lists the options" >&2; exit 2 ;;
     *) ROOT="$argument" ;;
   esac
 done

@@ -69,13 +69,13 @@ def check(arguments: Arguments) -> Check:
         found.counts[f"videos of {split}"] = len(videos)
         found.counts[f"sentences of {split}"] = len(clips)
         found.counts[f"samples of {split}"] = sum(1 if data.kind == "refytvos" else len(clip.frames) for clip in clips)
-        found.notes.extend(faults.notes)
+        found.notes.extend(note for note in faults.notes if note not in found.notes)  # some are of both splits
         file = None if lists is None else lists / f"unusable_{split}.txt"
         name_some(found.problems, faults.problems, file, f"{split} entries cannot be used")
         blind = [f"{clip.video} {clip.expression}" for clip in clips if not clip.instance]
         name_some(found.notes, blind, None, f"{split} sentences have no masks: they can be segmented, not scored")
         if arguments.probe:
-            jobs = [(data, clip) for clip in videos]
+            jobs = [(data, own) for own in videos]
             with progress_bar(f"decoding {split}", len(jobs)) as advance:
                 looks = run_jobs(_look, jobs, workers=arguments.workers, on_done=advance, chunk=8)
             damaged = [line for lines in looks for line in lines]
@@ -110,24 +110,27 @@ def write_synthetic(arguments: Arguments) -> None:
         write_contact_sheet(arguments.sheet, synthetic)
 
 
-def _by_video(clips: Sequence[Clip]) -> list[Clip]:
-    """A clip of each video, with all frames that any of its clips needs."""
-    found: dict[str, Clip] = {}
+def _by_video(clips: Sequence[Clip]) -> list[list[Clip]]:
+    """The clips of each video."""
+    found: dict[str, list[Clip]] = {}
     for clip in clips:
-        found.setdefault(clip.video, clip)
+        found.setdefault(clip.video, []).append(clip)
     return list(found.values())
 
 
-def _look(job: tuple[Data, Clip]) -> list[str]:
-    """What is wrong with a video, its frames and its masks: everything is decoded."""
-    data, clip = job
+def _look(job: tuple[Data, list[Clip]]) -> list[str]:
+    """What is wrong with a video, its frames and the masks of its clips: everything is decoded."""
+    data, clips = job
+    clip = clips[0]
+    labelled = sorted({frame for own in clips for frame in own.labelled})
+    unseen = {own.instance: own for own in clips if own.instance}
     lines: list[str] = []
     size = None
     try:
         if data.kind == "a2d":
             info = sound(str(clip.path))
             size = info.height, info.width
-            beyond = [frame for frame in clip.labelled if frame > info.num_frames]
+            beyond = [frame for frame in labelled if frame > info.num_frames]
             lines += [f"{clip.path}: has {info.num_frames} frames, annotated are {beyond}"] if beyond else []
         else:
             for name in clip.names or [f"{place + 1:05d}" for place in range(clip.length)]:
@@ -138,14 +141,18 @@ def _look(job: tuple[Data, Clip]) -> list[str]:
     except (BrokenVideo, OSError) as error:
         return [str(error)]
     assert size is not None
-    for number in clip.labelled:
+    for number in labelled:
         try:
             masks = read_masks(data, clip, number)
         except (BrokenVideo, OSError) as error:
             lines.append(str(error))
+            unseen = {}
             continue
+        for instance in masks:
+            unseen.pop(instance, None)
         wrong = {mask.shape for mask in masks.values() if not has_shape(mask.shape, size)}
         lines += [f"{clip.masks} frame {number}: masks {shape}, frames {size} (height, width)" for shape in wrong]
+    lines += [f"{clip.masks}: no mask shows object {key}, of {own.sentence!r}" for key, own in unseen.items()]
     return lines
 
 

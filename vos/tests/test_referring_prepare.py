@@ -67,7 +67,7 @@ def test_complete_sets_pass_and_a_check_writes_nothing(tmp_path, capsys, monkeyp
 def test_what_is_odd_and_handled_is_a_note(tmp_path):
     write_a2d(tmp_path / "a2d")
     write_refytvos(tmp_path / "refytvos")
-    assert any("one '1 (copy)'" in note for note in check("a2d", tmp_path / "a2d").notes)
+    assert sum("one '1 (copy)'" in note for note in check("a2d", tmp_path / "a2d").notes) == 1
     (note,) = [n for n in check("refytvos", tmp_path / "refytvos").notes if "no masks" in n]
     assert note == "1 test sentences have no masks: they can be segmented, not scored: seen 1"
 
@@ -103,6 +103,22 @@ def test_damage_and_what_does_not_fit_is_found_by_decoding(tmp_path):
     train, test = check("a2d", root, probe=True).problems
     assert "2 train files" in train and "two.mp4" in train and "one.mp4: has 8 frames, annotated are [12]" in train
     assert "three frame 6: masks (60, 40), frames (40, 60) (height, width)" in test
+
+
+def test_decoding_looks_at_the_masks_of_every_sentence_and_names_an_object_that_none_shows(tmp_path):
+    root = tmp_path / "refytvos"
+    write_refytvos(root)
+    file = root / "meta_expressions" / "valid" / "meta_expressions.json"
+    content = json.loads(file.read_text())
+    seen = content["videos"]["seen"]["expressions"]
+    cow = seen.pop("0")
+    seen.update({"2": cow, "3": {"exp": "a horse", "obj_id": "7"}})  # the first one has no masks
+    file.write_text(json.dumps(content))
+    (problem,) = check("refytvos", root, probe=True).problems
+    assert "Annotations/seen: no mask shows object 7, of 'a horse'" in problem
+    (root / "valid" / "Annotations" / "seen" / "00010.png").write_bytes(b"no picture")
+    (problem,) = check("refytvos", root, probe=True).problems
+    assert "seen/00010.png: cannot be read as a picture" in problem and "horse" not in problem
 
 
 def test_damaged_frames_of_folders_are_found_by_decoding(tmp_path):
@@ -210,6 +226,9 @@ def test_the_scripts_have_a_dry_run_and_refuse_unknown_options(tmp_path):
         done = script(f"download_{kind}.sh", str(tmp_path / "none"), "--dry-run")
         assert done.returncode == 0 and "would run: " in done.stdout and "--kind" in done.stdout, done.stderr
         assert script(f"download_{kind}.sh", "--frobnicate").returncode == 2
+        told = script(f"download_{kind}.sh", "--help")
+        assert told.returncode == 0 and f"bash scripts/download_{kind}.sh [ROOT]" in told.stdout, told.stderr
+        assert ("--accept-license" in told.stdout) == (kind == "a2d")
     assert not (tmp_path / "none").exists()
 
 
