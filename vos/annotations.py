@@ -12,18 +12,18 @@ Ids of frames count from 1 in a2d and jhmdb, and are places in a video's list of
 pixels (data.py), the files of masks (masks.py).
 """
 
-import csv
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from engine.files import read_json, read_text
+from engine.data.workers import tracked
+from engine.files import read_csv, read_json, read_text
 from vos.configs import Data
 from vos.masks import BrokenVideo, read_h5, read_h5_ids, read_mat, read_palette
 
@@ -33,6 +33,7 @@ REMEDY = {
     "jhmdb": "get it with scripts/download_jhmdb.sh, or set --data.root",
     "refytvos": "get it with scripts/download_refytvos.sh, or set --data.root",
 }
+MANY = 2000  # sentences, from which on a progress bar is shown
 SPLITS = {"train": "train", "test": "valid"}  # of Ref-YouTube-VOS
 
 
@@ -72,20 +73,21 @@ def read_annotations(data: Data, split: Literal["train", "test"]) -> Annotations
     """The clips of a split, of its first `num_videos` videos.
 
     What is known to be odd in the official files is left out with a warning that names it: a2d's row whose instance is
-    "1 (copy)", sentences of an instance that has no mask. Raises FileNotFoundError, or ValueError naming file, entry
-    and remedy: another form, a split without clips; and, or with on_broken="skip" a warning and the entry left out: an
-    empty sentence, a video that is listed nowhere or has no file or no folder of masks, a broken file of masks.
+    "1 (copy)", of whatever split, so that a run says it once; sentences of an instance that has no mask. Raises
+    FileNotFoundError, or ValueError naming file, entry and remedy: another form, a split without clips; and, or with
+    on_broken="skip" a warning and the entry left out: an empty sentence, a video that is listed nowhere or has no file
+    or no folder of masks, a broken file of masks.
     """
     faults = Faults()
     found = read_with_faults(data, split, faults)
     for note in faults.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=1)  # one place for all callers: each is shown once
     if faults.problems:
         more = f"; and {len(faults.problems) - 10} more" if len(faults.problems) > 10 else ""
         message = f"{data.root}: {len(faults.problems)} entries cannot be used: {'; '.join(faults.problems[:10])}{more}"
         if data.on_broken == "raise":
             raise ValueError(f"{message}; mend them, or leave them out with --data.on-broken skip")
-        warnings.warn(f"{message}; left out", stacklevel=2)
+        warnings.warn(f"{message}; left out", stacklevel=1)
     return found
 
 
@@ -133,8 +135,8 @@ def _read_a2d(data: Data, split: str, faults: Faults) -> tuple[Iterator[Clip], l
     files = [listed, written, *([missed_file] if missed_file.is_file() else [])]
     missed = set(read_text(missed_file, remedy).split()) if missed_file.is_file() else set()
     splits = _videoset(listed, remedy, faults)
-    rows = list(csv.reader(read_text(written, remedy).splitlines()))
-    if not rows or [word.strip() for word in rows[0]] != ["video_id", "instance_id", "query"]:
+    rows = read_csv(written, remedy)
+    if not rows or [word.strip() for word in rows[0][1]] != ["video_id", "instance_id", "query"]:
         raise ValueError(f"{written}: the first line is not video_id,instance_id,query; {remedy}")
     folders = [root / "Release" / name for name in CLIP_FOLDERS if (root / "Release" / name).is_dir()]
     if not folders:
@@ -145,20 +147,20 @@ def _read_a2d(data: Data, split: str, faults: Faults) -> tuple[Iterator[Clip], l
 def _videoset(file: Path, remedy: str, faults: Faults) -> dict[str, str]:
     """Split ("train", "test") of each video."""
     splits: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(read_text(file, remedy).splitlines()), start=1):
-        if not row:
-            continue
+    for number, row in read_csv(file, remedy):
         if len(row) != 9 or row[8].strip() not in ("0", "1"):
             raise ValueError(f"{file}: line {number} is not of 9 columns with the split, 0 or 1, as the last; {remedy}")
-        if row[0] in splits:
-            faults.notes.append(f"{file}: line {number}: video {row[0]} is listed twice")
-        splits.setdefault(row[0], "train" if row[8].strip() == "0" else "test")
+        video, split = row[0].strip(), "train" if row[8].strip() == "0" else "test"
+        if video in splits:
+            faults.notes.append(f"{file}: line {number}: video {video} is listed twice")
+        if splits.setdefault(video, split) != split:
+            raise ValueError(f"{file}: line {number}: video {video} is in training and test; take one line out")
     return splits
 
 
 def _a2d_clips(
     file: Path,
-    rows: list[list[str]],
+    rows: Sequence[tuple[int, list[str]]],
     splits: dict[str, str],
     missed: set[str],
     split: str,
@@ -169,22 +171,23 @@ def _a2d_clips(
     present: dict[str, dict[int, list[str]] | None] = {}  # video -> frame -> instances; None: cannot be used
     counts: dict[tuple[str, str], int] = {}
     absent, copies = [], []
-    for number, row in enumerate(rows, start=2):
-        if not row:
-            continue
+    # A file of masks is opened for each annotated frame: minutes where the disk is far.
+    for number, row in tracked(f"reading {file.name}", rows) if len(rows) > MANY else rows:
         if len(row) != 3:
             raise ValueError(
                 f"{file}: line {number} has {len(row)} columns, want 3; a comma in a sentence needs quotes"
             )
         video, instance, sentence = row[0].strip(), row[1].strip(), normalize_sentence(row[2])
-        if video in missed or (video in splits and splits[video] != split):
+        if video in missed:
+            continue
+        if not re.fullmatch(r"[0-9]{1,9}", instance) and video in splits:
+            copies.append(f"{video} {instance!r}")
+            continue
+        if splits.get(video, split) != split:
             continue
         where = f"{file.name} line {number} ({video} {instance})"
         if video not in splits:
             faults.problems.append(f"{where}: the video is not in videoset.csv")
-            continue
-        if not re.fullmatch(r"[0-9]{1,9}", instance):
-            copies.append(f"{video} {instance!r}")
             continue
         if not sentence:
             faults.problems.append(f"{where}: the sentence is empty")
@@ -268,8 +271,8 @@ def _jhmdb_clips(root: Path, file: Path, content: list[Any], faults: Faults) -> 
         shown = re.fullmatch(r"([0-9]{1,8})\.png", ends[-1])
         if len(ends) != 3 or len(mat_ends) != 3 or ".." in (*ends, *mat_ends) or shown is None:
             raise ValueError(f"{file}: entry {number}: {picture!r} or {mat!r} does not end in <action>/<video>/<file>")
-        if not isinstance(length, int) or not 1 <= int(shown[1]) <= length:
-            faults.problems.append(f"{where}: frame {shown[1]} of {length}")
+        if type(length) is not int or not 1 <= int(shown[1]) <= length:
+            faults.problems.append(f"{where}: frame {shown[1]} of {length!r} frames")
             continue
         if not (sentence := normalize_sentence(sentence)):
             faults.problems.append(f"{where} ({video}): the sentence is empty")
@@ -278,8 +281,10 @@ def _jhmdb_clips(root: Path, file: Path, content: list[Any], faults: Faults) -> 
         if missing := [path for path in (folder / ends[-1], masks) if not path.is_file()]:
             faults.problems.append(f"{missing[0]}: no such file")
             continue
-        frames = grouped.setdefault((video, sentence), (folder, masks, length, []))[3]
-        if int(shown[1]) not in frames:
+        *known, frames = grouped.setdefault((video, sentence), (folder, masks, length, []))
+        if known != [folder, masks, length]:
+            faults.problems.append(f"{where} ({video}): other files or another length than in the video's first entry")
+        elif int(shown[1]) not in frames:
             frames.append(int(shown[1]))
     counts: dict[str, int] = {}
     for (video, sentence), (folder, masks, length, found) in grouped.items():
@@ -313,14 +318,18 @@ def _videos(file: Path, remedy: str) -> dict[str, Any]:
 
 def _refytvos_clips(folder: Path, file: Path, videos: dict[str, Any], split: str, faults: Faults) -> Iterator[Clip]:
     form = '{"expressions": {id: {"exp", "obj_id"}}, "frames": [names]}'
+    partly: dict[str, str] = {}
     for video, entry in videos.items():
         table: dict[str, Any] = entry if isinstance(entry, dict) else {}
         expressions, frames = table.get("expressions"), table.get("frames")
         named = isinstance(frames, list) and all(isinstance(name, str) for name in frames)
         if not isinstance(expressions, dict) or not frames or not named or Path(video).name != video:
             raise ValueError(f"{file}: video {video!r} is not {form} with at least one frame")
-        if bad := [name for name in frames if Path(name).name != name]:
-            raise ValueError(f"{file}: video {video}: frame {bad[0]!r} is no name of a file")
+        if bad := [name for name in (*frames, *expressions) if Path(name).name != name]:
+            raise ValueError(f"{file}: video {video}: {bad[0]!r}, a frame or expression, cannot be the name of a file")
+        if len(set(frames)) < len(frames):
+            twice = next(name for name in frames if frames.count(name) > 1)
+            raise ValueError(f"{file}: video {video}: frame {twice} is listed twice; {REMEDY['refytvos']}")
         pictures, masks = folder / "JPEGImages" / video, folder / "Annotations" / video
         there = set(os.listdir(pictures)) if pictures.is_dir() else set()
         if lacking := [name for name in frames if f"{name}.jpg" not in there]:
@@ -335,12 +344,17 @@ def _refytvos_clips(folder: Path, file: Path, videos: dict[str, Any], split: str
             if not (sentence := normalize_sentence(item["exp"])):
                 faults.problems.append(f"{where}: the sentence is empty")
                 continue
-            instance = str(item.get("obj_id", ""))
+            instance = _object(item.get("obj_id", ""))
+            if instance is None:
+                faults.problems.append(f"{where}: obj_id is {item['obj_id']!r}, want the number of an object, from 1")
+                continue
             if split == "train" and (not instance or len(labelled) < len(frames)):
                 what = f"{len(frames) - len(labelled)} frames have no masks in {masks}" if instance else "has no obj_id"
                 faults.problems.append(f"{where}: {what}")
                 continue
             known = labelled if instance else ()
+            if known and len(known) < len(frames):
+                partly[video] = f"{video} ({len(frames) - len(known)} of {len(frames)})"
             yield Clip(
                 video,
                 sentence,
@@ -352,3 +366,12 @@ def _refytvos_clips(folder: Path, file: Path, videos: dict[str, Any], split: str
                 known,
                 tuple(frames),
             )
+    if partly:
+        some = ", ".join(list(partly.values())[:10]) + (", ..." if len(partly) > 10 else "")
+        faults.notes.append(f"{folder / 'Annotations'}: frames without masks are not scored: {some}")
+
+
+def _object(given: Any) -> str | None:
+    """The id of an object as masks have it, "" where none is said, None for what is none."""
+    text = str(given) if type(given) in (int, str) else "?"
+    return "" if text == "" else str(int(text)) if re.fullmatch(r"0{0,3}[1-9][0-9]{0,2}", text) else None

@@ -124,7 +124,8 @@ class Samples:
             annotated, at, name = [f - 1 - window[0] for f in frames], frames.index(frame), sample_name(clip, frame)
             masks = [read_masks(data, clip, frame) for frame in frames]
             pixels = self._frames(clip, window, max(frames))
-        return make_sample(data, self.text, clip, pixels, annotated, masks, at, name, rng.random() < data.flip)
+        flipped, files = rng.random() < data.flip, [_mask_file(data, clip, frame) for frame in frames]
+        return make_sample(data, self.text, clip, pixels, annotated, masks, at, name, flipped, files)
 
     def _seen_window(self, clip: Clip, place: int) -> tuple[list[int], list[Masks]]:
         """Refytvos: the listed frames of the window that begins at `place`, the last repeated in a short video, and the
@@ -146,6 +147,7 @@ class Samples:
             pixels, at, name = self._frames(clip, window), -1, sample_name(clip)
             known = set(clip.labelled)
             masks = [read_masks(data, clip, frame) if frame in known else {} for frame in window]
+            files = [_mask_file(data, clip, frame) for frame in window]
         else:
             pixels, at, name = (
                 self._frames(clip, centered_window(place, data.window), place),
@@ -153,7 +155,8 @@ class Samples:
                 sample_name(clip, place),
             )
             annotated, masks = [data.window // 2], [read_masks(data, clip, place)]
-        return make_sample(data, self.text, clip, pixels, annotated, masks, at, name)
+            files = [_mask_file(data, clip, place)]
+        return make_sample(data, self.text, clip, pixels, annotated, masks, at, name, files=files)
 
     def _blank(self, clip: Clip, place: int) -> dict[str, Any]:
         """Gray frames of the size of the masks, if these can be read; else without a mask."""
@@ -268,10 +271,12 @@ def make_sample(
     frame: int,
     name: str,
     flipped: bool = False,
+    files: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """A sample for `collate`, but for `skipped`. pixels: uint8 (T, H, W, 3); annotated: the places of `masks` in it.
 
-    Raises BrokenVideo for a mask that is not of the frames' shape, as one that was stored the other way round is not.
+    files: that the masks stand in, for messages. Raises BrokenVideo for a mask that is not of the frames' shape, as one
+    that was stored the other way round is not.
     """
     shape = (pixels.shape[1], pixels.shape[2])
     objects = sorted({*(key for found in masks for key in found), clip.instance}, key=lambda key: (len(key), key))
@@ -283,7 +288,9 @@ def make_sample(
                 have, want = (f"{size[1]} x {size[0]}" for size in (mask.shape, shape))
                 turned = ": were they stored the other way round?" if mask.shape == shape[::-1] else ""
                 problem = f"has a mask of {have} for frames of {want} (width x height){turned}"
-                raise BrokenVideo(clip.masks, problem, "get the masks of this video again")
+                if has_shape(mask.shape, shape):
+                    problem = f"has a mask of {have}, of {original[1]} x {original[0]} before (width x height)"
+                raise BrokenVideo(files[t] if files else clip.masks, problem, "get the masks of this video again")
             stack[objects.index(key), t] = mask
     referred = objects.index(clip.instance)
     size = resized_size(*shape, data.image_size, data.max_size)
@@ -323,11 +330,16 @@ def _places(data: Data, clip: Clip, train: bool) -> list[int]:
 
 def _files_of(data: Data, clip: Clip, frame: int) -> list[Path]:
     """The files of pixels and masks of a frame."""
+    own = _mask_file(data, clip, frame)
     if data.kind == "a2d":
-        return [clip.masks / f"{frame:05d}.h5"]
+        return [own]
+    return [clip.path / (f"{frame:05d}.png" if data.kind == "jhmdb" else f"{clip.names[frame]}.jpg"), own]
+
+
+def _mask_file(data: Data, clip: Clip, frame: int) -> Path:
     if data.kind == "jhmdb":
-        return [clip.path / f"{frame:05d}.png", clip.masks]
-    return [clip.path / f"{clip.names[frame]}.jpg", clip.masks / f"{clip.names[frame]}.png"]
+        return clip.masks
+    return clip.masks / (f"{frame:05d}.h5" if data.kind == "a2d" else f"{clip.names[frame]}.png")
 
 
 def _padded(text: Tensor, length: int) -> Tensor:

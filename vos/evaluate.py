@@ -130,8 +130,7 @@ def score(rows: Sequence[Found], truth: Truth, config: Config) -> dict[str, floa
         warnings.warn("no expression has true masks: there are no metrics, only the zip", stacklevel=2)
         return {}
     masks = {_key(clip): dict(zip(clip.names, found[name]["masks"], strict=True)) for name, clip in known.items()}
-    read, wanted = truth_reader(list(known.values()))
-    return score_masks(lambda key, frame: decode_mask(masks[key][frame]), read, wanted)
+    return score_clips(lambda key, frame: decode_mask(masks[key][frame]), list(known.values()))
 
 
 def write(folder: Path, rows: Sequence[Found], truth: Truth, config: Config) -> Path:
@@ -177,16 +176,28 @@ def floors(samples: Mapping[str, Sample], objects: Mapping[str, Runs]) -> dict[s
     return {title: score_samples(own) for title, own in chosen.items()}
 
 
-def truth_reader(clips: Sequence[Clip]) -> tuple[Reader, Expressions]:
-    """A reader of the true masks of Ref-YouTube-VOS for `score_masks`, and the frames that have some."""
+def score_clips(found: Reader, clips: Sequence[Clip]) -> dict[str, float]:
+    """J&F, J and F of Ref-YouTube-VOS in the frames that have true masks; a warning names what no mask shows."""
     by_key = {_key(clip): clip for clip in clips}
+    unseen = dict.fromkeys(by_key)
 
     def read(key: Key, frame: str) -> np.ndarray:
         clip = by_key[key]
-        index = read_index(clip.masks / f"{frame}.png")
-        return index == (int(clip.instance) if clip.instance.isdigit() else -1)
+        mask = read_index(clip.masks / f"{frame}.png") == int(clip.instance)
+        if mask.any():
+            unseen.pop(key, None)
+        return mask
 
-    return read, {key: [clip.names[k] for k in clip.frames] for key, clip in by_key.items()}
+    wanted: Expressions = {key: [clip.names[k] for k in clip.frames] for key, clip in by_key.items()}
+    metrics = score_masks(found, read, wanted)
+    if unseen:
+        some = ", ".join(f"{video} {expression}" for video, expression in list(unseen)[:5])
+        warnings.warn(
+            f"{len(unseen)} of {len(by_key)} expressions are about an object that no true mask shows, so that empty "
+            f"masks count as right: {some}{', ...' if len(unseen) > 5 else ''}; check obj_id and the masks",
+            stacklevel=2,
+        )
+    return metrics
 
 
 def _key(clip: Clip) -> Key:
@@ -285,7 +296,7 @@ def score_files(words: list[str]) -> None:
                 clips = read_annotations(replace(REFYTVOS, root=files.ground_truth), "test").clips
                 if not any(clip.instance for clip in clips):
                     raise ValueError(f"{files.ground_truth}: no expression of valid has true masks to compare with")
-                metrics = score_masks(found.read, *truth_reader([clip for clip in clips if clip.instance]))
+                metrics = score_clips(found.read, [clip for clip in clips if clip.instance])
             else:
                 with MaskFiles(files.ground_truth) as truth:
                     metrics = score_masks(found.read, truth.read, truth.expressions)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REMEDY = "download or convert the file again, or leave it out with --data.on-broken skip"
 MAX_VALUES = 1 << 28  # of a file; the largest have some million
 MAX_PIXELS = 1 << 26
+WHITE = 255
 # What h5py, scipy and Pillow raise for files that are damaged.
 _DAMAGE = (
     *(OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, SyntaxError, EOFError),
@@ -78,13 +79,15 @@ def read_mat(path: Path) -> np.ndarray:
         stored = stored[:, :, None]
     if stored.ndim != 3 or stored.dtype.kind not in "biuf" or 0 in stored.shape:
         raise BrokenVideo(path, f"has part_mask {stored.dtype} {stored.shape}, want (height, width, frames)", REMEDY)
+    if not np.isfinite(stored).all():
+        raise BrokenVideo(path, "has part_mask with values that are not finite", REMEDY)
     return np.moveaxis(stored > 0, -1, 0)
 
 
 def read_palette(path: Path) -> dict[str, np.ndarray]:
     """Object -> mask of a PNG whose values are ids, 0 the background; the colors of its palette mean nothing.
 
-    A gray PNG of 8 bits is taken likewise. BrokenVideo for colors: they are no ids. Raises FileNotFoundError, too.
+    A gray PNG of 8 bits is taken likewise. Raises FileNotFoundError, or BrokenVideo, also for colors and white, no ids.
     """
     index = read_index(path)
     return {str(value): index == value for value in np.unique(index).tolist() if value}
@@ -96,7 +99,11 @@ def read_index(path: Path) -> np.ndarray:
         if picture.mode not in ("P", "L", "1"):
             problem = f"is a picture of mode {picture.mode}; want a palette whose values are the objects' ids"
             raise BrokenVideo(path, problem, "download it again: it was converted to colors")
-        return np.array(picture).astype(np.uint8)
+        index = np.array(picture).astype(np.uint8)
+        if picture.mode == "L" and (index == WHITE).any():
+            problem = f"is a gray picture with {WHITE}, which is no object's id: it was converted to black and white"
+            raise BrokenVideo(path, problem, "download it again")
+        return index
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -157,13 +164,16 @@ def _table(path: Path, file: "h5py.File", name: str) -> np.ndarray:
         raise BrokenVideo(path, f"has no table {name!r} of numbers", REMEDY)
     if found.size > MAX_VALUES or found.external or found.is_virtual:
         raise BrokenVideo(path, f"has {name!r} of {found.shape} values, or elsewhere; not as published", REMEDY)
-    return np.asarray(found[()])
+    values = np.asarray(found[()])
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BrokenVideo(path, f"has {name!r} with values that are not finite", REMEDY)
+    return values
 
 
 def _ids(path: Path, file: "h5py.File") -> list[str]:
     """As text: they are stored as floats in some files."""
     values = _table(path, file, "instance").reshape(-1)
-    if not np.isfinite(values).all() or (values != np.floor(values)).any():
+    if (values != np.floor(values)).any():
         raise BrokenVideo(path, "has instances that are no whole numbers", REMEDY)
     return [str(int(value)) for value in values]
 

@@ -185,11 +185,11 @@ def test_a_mask_that_was_stored_upright_or_in_another_size_is_named(a2d):
     folder = a2d.root / "text_annotations" / "a2d_annotation_with_instances" / "three"
     write_masks(folder / "00002.h5", np.stack([A.T]), [0])
     with pytest.raises(
-        BrokenVideo, match=r"mask of 40 x 60 for frames of 60 x 40 \(width x height\): were they stored"
+        BrokenVideo, match=r"three/00002.h5: has a mask of 40 x 60 for frames of 60 x 40 \(width x height\): were they"
     ):
         samples(a2d, "test")[0, 0]
     write_masks(folder / "00002.h5", np.zeros((1, 40, 40), bool), [0])
-    with pytest.raises(BrokenVideo, match="mask of 40 x 40 for frames of 60 x 40"):
+    with pytest.raises(BrokenVideo, match="three/00002.h5: has a mask of 40 x 40 for frames of 60 x 40"):
         samples(a2d, "test")[0, 0]
 
 

@@ -189,6 +189,14 @@ def test_a_video_without_the_object_in_its_last_frame_wants_an_empty_mask_there(
     assert metrics == pytest.approx(dict.fromkeys(("J&F", "J", "F"), 100 * (1 + 1 / 3 + 1) / 3))
 
 
+def test_an_object_that_no_mask_shows_is_told_as_empty_masks_are_right_there(videos):
+    file = videos.data.root / "meta_expressions" / "valid" / "meta_expressions.json"
+    file.write_text(file.read_text().replace('"obj_id": "2"', '"obj_id": "9"'))
+    rows = rows_of(expressions(), videos, frame=-1)
+    with pytest.warns(UserWarning, match=r"1 of 3 expressions are about an object that no true mask shows.*: vv 1; "):
+        score(rows, read_truth(videos), videos)
+
+
 def test_the_written_zip_alone_gives_the_numbers_of_the_run(videos, tmp_path, monkeypatch, capsys):
     rows, truth = rows_of(expressions(change=True), videos, frame=-1), read_truth(videos)
     path = write(tmp_path, rows, truth, videos)
