@@ -25,6 +25,7 @@ LINE = 24  # pixels of the legend for a sentence
 BAR = 90  # pixels for the bar of its score
 TRACK = (70, 70, 70)
 ABOVE = 20  # pixels for the title of a strip
+GAP = 2  # between its frames
 MAX_COLUMNS = 8  # frames of a sheet side by side
 
 
@@ -93,7 +94,7 @@ def draw_strip(frames: Sequence[np.ndarray], title: str, color: Color | None = N
     """Frames of one size side by side below a title, with a square of the color before it."""
     from PIL import ImageDraw
 
-    strip = film_strip(frames, above=ABOVE)
+    strip = film_strip(frames, above=ABOVE, gap=GAP)
     draw, left = ImageDraw.Draw(strip), 4
     if color is not None:
         draw.rectangle((4, 5, 14, 15), fill=color)

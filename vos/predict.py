@@ -92,7 +92,9 @@ def predict(config: Config, model: Model, arguments: Arguments) -> list[Path]:
         {"query": query, "masks": folder.relative_to(output).as_posix(), "scores": list(own)}
         for query, folder, own in zip(queries, folders, zip(*scores, strict=True), strict=True)
     ]
-    write_text(table, json.dumps({"video": video.name, "frames": indices, "found": found}, indent=1) + "\n")
+    lines = [f'"video": {json.dumps(video.name)}', f'"frames": {indices}']
+    rows = ",\n".join(map(json.dumps, found))
+    write_text(table, "{" + ",\n".join(lines) + f',\n"found": [\n{rows}\n]}}\n')
     for query, own in zip(queries, zip(*scores, strict=True), strict=True):
         print(f"{np.mean(own):6.1%}  {query}")
     return [copy, picture, table, folders[0].parent]
@@ -156,15 +158,19 @@ def segment_window(
 
 
 def mask_folders(root: Path, queries: Sequence[str]) -> list[Path]:
-    """A folder for the masks of each sentence, made, without masks of an earlier call."""
+    """A folder for the masks of each sentence, made; masks of an earlier call are gone, of other sentences too."""
     folders = []
+    for folder in list(root.iterdir()) if root.is_dir() else []:
+        if re.fullmatch(r"[0-9]+(_[a-z0-9_]*)?", folder.name) and folder.is_dir() and not folder.is_symlink():
+            for left in list(folder.iterdir()):
+                if re.fullmatch(r"[0-9]{5,}\.png", left.name):
+                    left.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
     for number, query in enumerate(queries):
         words = re.sub(r"[^a-z0-9]+", "_", query)[:SLUG].strip("_")
         folder = root / f"{number}_{words}".rstrip("_")
         make_folder(folder)
-        for left in folder.iterdir():
-            if re.fullmatch(r"[0-9]{5,}\.png", left.name):
-                left.unlink()
         folders.append(folder)
     return folders
 

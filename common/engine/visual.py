@@ -34,13 +34,16 @@ DARK, LIGHT = (20, 20, 20), (255, 255, 255)
 BAR_HEIGHT = 20
 
 
-def film_strip(frames: Sequence[np.ndarray] | np.ndarray, *, above: int = 0, below: int = 0) -> "Image.Image":
-    """Frames of one size side by side, with white margins of so many pixels to write into."""
+def film_strip(
+    frames: Sequence[np.ndarray] | np.ndarray, *, above: int = 0, below: int = 0, gap: int = 0
+) -> "Image.Image":
+    """Frames of one size side by side, so many pixels apart, with white margins of so many to write into."""
     from PIL import Image
 
     height, width = frames[0].shape[:2]
-    strip = Image.new("RGB", (len(frames) * width, above + height + below), LIGHT)
-    strip.paste(Image.fromarray(np.concatenate(list(frames), axis=1)), (0, above))
+    strip = Image.new("RGB", (len(frames) * (width + gap) - gap, above + height + below), LIGHT)
+    for k, frame in enumerate(frames):
+        strip.paste(Image.fromarray(frame), (k * (width + gap), above))
     return strip
 
 

@@ -71,7 +71,9 @@ def test_colors_differ_and_repeat_after_ten():
 
 def test_a_strip_has_its_frames_below_a_title():
     strip = np.asarray(draw_strip([np.zeros((40, 60, 3), np.uint8)] * 3, "50%  the star", (1, 2, 3)))
-    assert strip.shape == (60, 180, 3) and not strip[20:].any() and strip[0, 0].tolist() == list(LIGHT)
+    white = strip[20:].all((0, 2))
+    assert np.flatnonzero(white).tolist() == [60, 61, 122, 123], "frames of one color can be told apart"
+    assert strip.shape == (60, 184, 3) and not strip[20:, ~white].any() and strip[0, 0].tolist() == list(LIGHT)
     assert strip[10, 8].tolist() == [1, 2, 3]
 
 

@@ -163,8 +163,17 @@ def test_the_oddities_are_there_and_the_reader_meets_them(written):
         assert file["reMask"].ndim == 2
     assert not (folder / MISSED).exists() and not (written / "Release" / "clips320H" / f"{MISSED}.mp4").exists()
     for split in ("train", "test"):
-        with pytest.warns(UserWarning, match=rf"no number: composed{split}0000 '1 \(copy\)'"):
+        both = r"no number: composedtrain0000 '1 \(copy\)', composedtest0000 '1 \(copy\)'"
+        with pytest.warns(UserWarning, match=both):
             read_annotations(data_of(written), split)
+
+
+def test_masks_are_compressed_and_a_file_takes_one_block_of_the_disk(written):
+    files = sorted((written / "text_annotations" / "a2d_annotation_with_instances").glob("*/*.h5"))
+    sizes = [path.stat().st_size for path in files]
+    with h5py.File(files[0]) as file:
+        assert file["reMask"].compression == "gzip" and file["reMask"].chunks == file["reMask"].shape
+    assert len(sizes) == 4 * 16 + 3 * 3 and max(sizes) < 4096
 
 
 def test_a_second_call_finds_all_and_an_interrupted_one_is_completed(written, tmp_path):
@@ -213,4 +222,4 @@ def test_the_tiny_set_takes_seconds():
 def test_the_contact_sheet_shows_a_row_per_test_video(tmp_path):
     write_contact_sheet(tmp_path / "sheet.png", SMALL, rows=2)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width == 8 * 2 * 64 and sheet.height == 2 * 2 * 48 + 16 * (3 + 1) + 2 * 4
+        assert sheet.width == 8 * 2 * 64 + 7 * 2 and sheet.height == 2 * 2 * 48 + 16 * (3 + 1) + 2 * 4

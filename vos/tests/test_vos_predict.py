@@ -103,7 +103,7 @@ def test_each_sentence_has_its_masks_its_color_and_its_scores(world, tmp_path, c
     assert capsys.readouterr().out.splitlines() == [f" {sure:.1%}  the blue one", f" {sure:.1%}  red"]
     info = probe(copy)
     assert (info.num_frames, info.width, info.height) == (10, 480, 320 + 56) and info.fps == pytest.approx(8)
-    assert Image.open(sheet).size == (8 * 192, 3 * (128 + 20))
+    assert Image.open(sheet).size == (8 * 192 + 7 * 2, 3 * (128 + 20))
     assert world[1].looks == 3, "once a window, for all sentences"
 
 
@@ -149,6 +149,20 @@ def test_masks_of_an_earlier_call_leave_other_files_stay(world, tmp_path):
     (folder / "notes.txt").touch()
     predict(*world, asked(tmp_path / "film.mp4", tmp_path / "out", "red"))
     assert sorted(path.name for path in folder.iterdir()) == [*(f"{k:05d}.png" for k in range(4)), "notes.txt"]
+
+
+def test_folders_of_the_sentences_of_an_earlier_call_are_gone_and_those_of_others_stay(world, tmp_path):
+    write_squares(tmp_path / "film.mp4", 4)
+    root = tmp_path / "out" / "film_masks"
+    for folder, file in (("mine", "00000.png"), ("0_green", "notes.txt"), ("1_red", "00000.png")):
+        (root / folder).mkdir(parents=True)
+        (root / folder / file).touch()
+    predict(*world, asked(tmp_path / "film.mp4", tmp_path / "out", "red", "green", "blue"))
+    predict(*world, asked(tmp_path / "film.mp4", tmp_path / "out", "blue"))
+    assert sorted(path.name for path in root.iterdir()) == ["0_blue", "0_green", "mine"]
+    assert [path.name for path in (root / "0_green").iterdir()] == ["notes.txt"]
+    lines = (tmp_path / "out" / "film.json").read_text().splitlines()
+    assert len(lines) == 5 and lines[1] == '"frames": [0, 1, 2, 3],', "a line for each sentence, not for each frame"
 
 
 def test_sentences_in_other_scripts_or_of_many_words_have_a_folder(world, tmp_path):
