@@ -23,6 +23,8 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, OverflowErr
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name that is no text is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with short_warnings():
             code = main(sys.argv[1:])

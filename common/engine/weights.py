@@ -87,6 +87,8 @@ def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:
             reason = str(error).splitlines()[0] if str(error) else "no message"
             if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words say how to run it all the same
                 reason = f"it holds objects ({named[1]}), which could run code"
+            elif "weights_only" in reason:
+                reason = "it is not what torch.save writes, or damaged"
             raise ValueError(
                 f"{path}: not a file of tensors ({type(error).__name__}: {reason}). Download it again, or save its "
                 "state dict as safetensors"

@@ -1,5 +1,6 @@
-"""What a command line says of warnings."""
+"""What a command line says of warnings, and of names that are no text."""
 
+import io
 import sys
 import warnings
 
@@ -21,3 +22,13 @@ def test_warnings_for_users_are_one_line_and_those_of_programs_keep_their_place(
     first, *others = capsys.readouterr().err.splitlines()
     assert first == "warning: a file is odd" and others[0] == "program.py:7: DeprecationWarning: old"
     assert not stop.value.code and warnings.formatwarning is usual
+
+
+def test_a_name_that_is_no_text_does_not_end_a_command(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda words: print(b"b\xff.jpg".decode("utf-8", "surrogateescape"), "and after it"))
+    assert not stop.value.code
+    assert raw.getvalue() == b"b\\udcff.jpg and after it\n"
