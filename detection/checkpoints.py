@@ -79,17 +79,21 @@ OTHERWISE = {
 }
 
 
-def load_file(model: "Detector", path: Path, config: Config) -> None:
-    """Fill a freshly built model. FileNotFoundError or ValueError, naming the file, for what does not fit."""
+def load_file(model: "Detector", path: Path, config: Config) -> tuple[str, ...]:
+    """Fill a freshly built model; returns what stays fresh. FileNotFoundError or ValueError, naming the file, for what
+    does not fit.
+    """
     with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their arguments, as plain values
         state = _unwrapped(path)
     source = f"weights {path}"
     kind = kind_of(state)
     if kind == "backbone":
         fresh = load_backbone(model.backbone, state, source)
-        _say(source, kind, [f"backbone.{name}" for name in fresh] + ["the head"])
-        return
+        fresh = [f"backbone.{name}" for name in fresh] + ["the head"]
+        _say(source, kind, fresh)
+        return tuple(fresh)
     _refuse_another_network(kind, config, source)
+    _refuse_other_levels(state, kind, model.backbone.strides, len(model.head.input_proj), source)
     state = our_names(state, kind, len(model.head.input_proj), source)
     own = model.state_dict()
     if kind == "official DINO" and config.data.num_classes == len(COCO_IDS):
@@ -102,6 +106,7 @@ def load_file(model: "Detector", path: Path, config: Config) -> None:
     refuse_other_kinds(own, state, source)
     load_tensors(model, {**state, **{key: own[key] for key in fresh}}, source)
     _say(source, kind, fresh)
+    return tuple(fresh)
 
 
 def kind_of(state: Tensors) -> str:
@@ -179,6 +184,20 @@ def _refuse_another_network(kind: str, config: Config, source: str) -> None:
     if wrong:
         flags = " ".join(_flag(name, value) for name, value in wrong.items())
         raise ValueError(f"{source} is of {kind}, whose network is another one than the row's: give {flags}")
+
+
+def _refuse_other_levels(state: Tensors, kind: str, strides: list[int], levels: int, source: str) -> None:
+    """ValueError for a detector that sees other maps: DINO 5-scale also takes the backbone's first, of stride 4."""
+    if any(re.match(r"(backbone\.)+(0\.)?norm0\.", key) for key in state):
+        raise ValueError(
+            f"{source}: of {kind} 5-scale, which also takes the map of stride 4; here the finest is that of stride "
+            f"{strides[0]}: give a 4-scale file"
+        )
+    projections = [re.match(r"((head\.)?input_proj|neck\.(extra_)?convs)\.\d+\.", key) for key in state]
+    number = len({found[0] for found in projections if found})
+    if number != levels and number > len(strides):
+        extra = number - len(strides)
+        raise ValueError(f"{source}: has {number} levels, the row {levels}: give --model.extra-levels {extra}")
 
 
 def _flag(name: str, value: bool | float) -> str:

@@ -152,7 +152,8 @@ def score_files(words: list[str]) -> None:
 def score_weights(words: list[str]) -> None:
     """The command line that scores a row's pretrained weights, without training.
 
-    Also over several processes, by torchrun. ValueError for a row whose weights are no detector's.
+    Also over several processes, by torchrun. ValueError for a row whose weights are no detector's, or one of other
+    classes: layers that stay random have no score.
     """
     from detection import data, evaluate, model
 
@@ -162,6 +163,11 @@ def score_weights(words: list[str]) -> None:
     weights = Path(config.model.weights)
     folder = config.run.output / "detection" / config.row / weights.stem
     network = model.build_model(config)
+    if network.fresh:
+        raise ValueError(
+            f"{weights}: {network.fresh[0]} and {len(network.fresh) - 1} more stay random in this row, so there is "
+            "nothing to score; give --data.num-classes and --data.root of the weights, or weights of a whole detector"
+        )
     commands.score_network(config, network, data, evaluate, folder, str(weights), device=config.run.device)
 
 

@@ -33,6 +33,7 @@ class Detector(Model):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.fresh: tuple[str, ...] = ()  # parameters that a file of weights left random
 
     def forward(self, batch: Batch) -> dict[str, Any]:
         return self.head(self.backbone(batch["image"]), batch["padding"], batch["targets"])
@@ -55,7 +56,7 @@ def build_model(config: Config, *, pretrained: bool = True) -> Detector:
         # the other methods go to coefficients where F - x is not bounded
         cast(EncoderLayer, layer).residual = config.finetuning.method == "dr2net"
     if given is not None and given != "imagenet":
-        load_file(model, Path(given), config)
+        model.fresh = load_file(model, Path(given), config)
     refuse_non_finite(model.state_dict(), f"pretrained weights of {own.backbone}")
     return model
 

@@ -107,7 +107,8 @@ def test_weights_of_a_detector_are_evaluated_by_one_command(config, tmp_path, mo
         *("--model.queries", "100", "--model.encoder-layers", "1", "--model.decoder-layers", "1"),
         *("--run.output", str(tmp_path / "runs")),
     )
-    words = ("shapes_tiny_conventional", "--model.weights", str(tmp_path / "given.safetensors"), *root)
+    weights = ("--model.weights", str(tmp_path / "given.safetensors"))
+    words = ("shapes_tiny_conventional", *weights, *root)
     assert command_of([*words]) is score_weights
     assert main(monkeypatch, lambda: run_command(score_weights), *words) == 0
     *_, line, path = capsys.readouterr().out.splitlines()
@@ -119,6 +120,10 @@ def test_weights_of_a_detector_are_evaluated_by_one_command(config, tmp_path, mo
         (("coco_swint_conventional",), "coco_swint_conventional: its weights are no detector's; give --model.weights"),
         (("shapes_tiny_other",), "shapes_tiny_other"),
         (("shapes_tiny_conventional", "--model.weights", "absent.pth", *root), "absent.pth"),
+        (
+            ("shapes_tiny_conventional", *weights, *root, "--data.num-classes", "5"),
+            "head.class_embed.0.weight and 4 more stay random in this row, so there is nothing to score",
+        ),
     ):
         said = main(monkeypatch, lambda: run_command(score_weights), *given)
         assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said and what in said

@@ -177,6 +177,26 @@ def test_a_file_of_another_network_names_the_flags(tmp_path: Path) -> None:
         load_file(build_model(config_of(extra_levels=1)), tmp_path / "detrex.pth", config_of(extra_levels=1))
 
 
+@pytest.mark.parametrize("kind", ["official DINO", "detrex", "mmdetection"])
+def test_a_file_that_takes_the_map_of_stride_4_is_refused_by_that_name(kind: str, tmp_path: Path) -> None:
+    others = {"official DINO": {}, "detrex": DETREX, "mmdetection": {**DETREX, "temperature": 20, "position_offset": 0}}
+    config = config_of(extra_levels=1, **others[kind])
+    names = {"official DINO": official, "detrex": detrex, "mmdetection": mmdetection}[kind]
+    state = names(random_detector(config))
+    state["backbone.0.norm0.weight" if kind == "official DINO" else "backbone.norm0.weight"] = torch.ones(48)
+    torch.save({"model": state}, tmp_path / "five.pth")
+    with pytest.raises(
+        ValueError, match=rf"five.pth: of {kind} 5-scale, .* stride 4; .* stride 8: give a 4-scale file"
+    ):
+        load_file(build_model(config), tmp_path / "five.pth", config)
+
+
+def test_a_file_of_more_levels_names_the_flag(tmp_path: Path) -> None:
+    torch.save({"model": official(random_detector(config_of(extra_levels=2)))}, tmp_path / "four.pth")
+    with pytest.raises(ValueError, match=r"has 4 levels, the row 3: give --model.extra-levels 2"):
+        load_file(build_model(config_of(extra_levels=1)), tmp_path / "four.pth", config_of(extra_levels=1))
+
+
 def test_other_classes_leave_the_class_layers_fresh_and_say_which(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +252,10 @@ def test_objects_of_another_program_are_not_unpickled(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "meta": Path("x")}, tmp_path / "meta.pth")
     with pytest.raises(ValueError, match="not a file of tensors"):
         load_file(build_model(config_of()), tmp_path / "meta.pth", config_of())
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 not weights")
+    with pytest.raises(ValueError, match="not what torch.save writes") as error:
+        load_file(build_model(config_of()), tmp_path / "photo.jpg", config_of())
+    assert "weights_only" not in str(error.value)  # torch's advice is to run it all the same
 
 
 CLASSES = "head.class_embed.0.weight"
