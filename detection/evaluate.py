@@ -102,9 +102,15 @@ def score(rows: Sequence[Found], truth: Truth, config: Config) -> dict[str, floa
 
 
 def write(folder: Path, rows: Sequence[Found], truth: Truth, config: Config) -> Path:
-    """detections.json, in the form that the COCO server takes."""
-    path = folder / "detections.json"
-    write_predictions(path, as_predictions(rows, truth.category_ids))
+    """detections.json, in the form that the COCO server takes. Of YOLO's files, whose ids are only ours, with the names
+    of file and class, by which any ground truth of these pictures can be compared (renumber.py).
+    """
+    path, predictions = folder / "detections.json", as_predictions(rows, truth.category_ids)
+    if config.data.kind == "yolo":
+        files, names = truth.boxes.files, truth.boxes.categories
+        for one in predictions:
+            one |= {"category": names[one["category_id"]], "file_name": files[one["image_id"]]}
+    write_predictions(path, predictions)
     return path
 
 

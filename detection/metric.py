@@ -15,6 +15,7 @@ What pycocotools computes silently or dies of, and what happens here:
 - Annotations without `area` or `iscrowd` are a KeyError; here width times height, and 0, with a warning.
 - Detections of a class that the ground truth does not list are passed over; here an error names the ids.
 - With other `maxDets` than 100 its AP is -1: here every number is taken from the table of precisions.
+- Predictions of pictures that were numbered otherwise are compared with other pictures: names decide (renumber.py).
 - Boxes without width or height in the ground truth count and cannot be found, as there; a warning gives their number.
 
 Not here: networks and runs (`evaluate.py`), what training does with odd boxes (`annotations.py`).
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detection.renumber import with_ids_of
 from engine.files import read_json
 
 try:
@@ -56,6 +58,7 @@ class GroundTruth(NamedTuple):
     images: tuple[int, ...]  # ids, in the file's order
     categories: dict[int, str]  # names by id, ascending
     annotations: list[dict[str, Any]]  # id, image_id, category_id, bbox, area, iscrowd
+    files: dict[int, str]  # names of the images that have one, by id
 
     def of_images(self, images: Iterable[int]) -> "GroundTruth":
         """The same of some of its images only."""
@@ -69,10 +72,11 @@ def evaluate_files(ground_truth: Path | str, predictions: Path | str, max_detect
 
     Raises FileNotFoundError, or ValueError naming file, entry and remedy: no JSON, the form of another task, an entry
     missing or of the wrong kind, a score or box that is not finite, a negative size, an id that is repeated, below 1
-    (annotations) or unknown, ground truth without a single object.
+    (annotations) or unknown, names that are not the ground truth's under known ids, ground truth without an object.
     """
     truth = read_ground_truth(Path(ground_truth))
     content = read_json(Path(predictions), REMEDY, without=UNUSED)
+    content = with_ids_of(content, truth.files, truth.categories, str(predictions))
     return evaluate_boxes(truth, check_predictions(content, truth, str(predictions)), max_detections)
 
 
@@ -126,7 +130,9 @@ def check_ground_truth(content: Any, where: str) -> GroundTruth:
     _refuse_unknown(checked, "image_id", set(image_ids), f"{where}: its annotations")
     _refuse_unknown(checked, "category_id", set(category_ids), f"{where}: its annotations")
     _tell_what_was_odd(annotations, checked, where)
-    return GroundTruth(tuple(image_ids), dict(sorted(names.items())), checked)
+    named = zip(image_ids, (entry.get("file_name") for entry in images), strict=True)
+    files = {number: name for number, name in named if isinstance(name, str)}
+    return GroundTruth(tuple(image_ids), dict(sorted(names.items())), checked, files)
 
 
 def check_predictions(content: Any, truth: GroundTruth, where: str) -> list[Prediction]:
@@ -194,7 +200,7 @@ def _annotation(entry: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: area is {area!r:.60}, not a finite number of pixels; {REMEDY}")
     if crowd is None:
         crowd = 0
-    elif not isinstance(crowd, int | np.integer) or crowd not in (0, 1):
+    elif not isinstance(crowd, int | float | np.integer) or crowd not in (0, 1):
         raise ValueError(f"{where}: iscrowd is {crowd!r:.60}, want 0 or 1; {REMEDY}")
     return {
         "id": number,

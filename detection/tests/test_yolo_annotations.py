@@ -10,41 +10,11 @@ import torch
 from PIL import Image
 
 from detection.annotations import as_coco, read_annotations, read_categories
-from detection.configs import SHAPES
 from detection.data import build_dataset, class_names
 from detection.images import BrokenImage
-from detection.tests.toy_pictures import config_of, draw
+from detection.tests.toy_pictures import config_of, draw, write_yolo
+from detection.tests.toy_pictures import yolo_line as line
 from engine.data.fingerprint import inputs_of
-
-# file name, width, height, boxes x, y, width, height in pixels with their classes
-PICTURES = [
-    ("a.jpg", 160, 120, [([20, 30, 50, 40], 1), ([90, 10, 60, 100], 0)]),
-    ("b.PNG", 100, 140, [([10, 10, 30, 60], 1)]),
-    ("c.bmp", 90, 90, []),
-]
-YAML = "path: ../somewhere\ntrain: ../train/images\nval: images/val\nnc: 2\nnames: ['cat', dog]\n"
-
-
-def line(box, label, width, height) -> str:
-    x, y, w, h = box
-    return f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
-
-
-def write_yolo(root, splits=("train", "val"), yaml=YAML, form="images/{}"):
-    """Both splits below `root`; returns the settings."""
-    root.mkdir(exist_ok=True)
-    (root / "data.yaml").write_text(yaml)
-    for split in splits:
-        images = root / form.format(split)
-        labels = root / form.format(split).replace("images", "labels")
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for name, width, height, boxes in PICTURES:
-            Image.fromarray(draw(width, height, [box for box, _ in boxes])).save(images / name)
-            if boxes:
-                text = "".join(line(box, label, width, height) for box, label in boxes)
-                (labels / name).with_suffix(".txt").write_text(text)
-    return replace(SHAPES, kind="yolo", root=root, num_classes=2, train_split="train", test_split="val")
 
 
 @pytest.fixture
@@ -103,7 +73,9 @@ def test_a_polygon_counts_as_its_box(data):
 
 def test_boxes_past_the_border_are_clipped_and_those_of_no_size_dropped_by_name(data):
     labels_of(data).write_text("0 0.1 0.5 0.24 0.5\n1 0.5 0.5 0 0.2\n")
-    with pytest.warns(UserWarning, match=r"1 boxes dropped or clipped: .*a.txt: line 2"):
+    with pytest.warns(
+        UserWarning, match=r"2 boxes dropped or clipped: .*a.txt: line 1: the box reaches past .*a.txt: line 2"
+    ):
         found = read_annotations(data, "train").pictures[1]
     np.testing.assert_allclose(found.boxes, [[0, 30, 35.2, 60]], atol=1e-9)
 
@@ -146,6 +118,22 @@ def test_labels_without_a_picture_and_pictures_of_one_name_are_told(data):
         read_annotations(data, "train")
 
 
+def test_pictures_that_would_be_passed_over_are_told(data):
+    folder = data.root / "images" / "train"
+    (folder / "labeled").mkdir()
+    (folder / ".cache").mkdir()
+    for place in (folder / "labeled", folder / ".cache"):
+        Image.new("RGB", (20, 20)).save(place / "more.jpg")
+    with pytest.raises(ValueError, match=r"images/train/labeled are in a folder below the split's: move them up"):
+        read_annotations(data, "train")
+    shutil.rmtree(folder / "labeled")
+    (folder / "phone.HEIC").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"phone.HEIC is in a format that is not read: convert it to JPEG or PNG"):
+        read_annotations(data, "train")
+    with pytest.warns(UserWarning, match=r"1 entries left out: .*phone.HEIC"):
+        assert len(read_annotations(replace(data, on_broken="skip"), "train").pictures) == 3
+
+
 def test_a_damaged_picture_is_named_or_left_out(data):
     (data.root / "images" / "train" / "b.PNG").write_bytes(b"nothing")
     with pytest.raises(BrokenImage, match="b.PNG: is no picture"):
@@ -179,6 +167,8 @@ def test_classes_are_a_list_or_a_table(data, text):
         ("- a\n- b", "is no table"),
         ("", "is no table"),
         ("names: [a, b", "cannot be read as YAML"),
+        ("names: {0: cat, 0: dog, 1: cup}", "'0' is listed twice"),
+        ("names: [cat, dog]\nnames: [a, b]", "'names' is listed twice"),
         ("names: !!python/object/apply:os.system ['true']", "cannot be read as YAML"),
         ("[" * 5000, "cannot be read as YAML"),
         ("names: {" + "9" * 5000 + ": a}", "cannot be read as YAML|the classes have the numbers"),

@@ -19,6 +19,13 @@ PICTURES: list[tuple[str, int, int, list[tuple[list[float], int]]]] = [
     ("b.png", 100, 140, [([10, 10, 30, 60], 44)]),
     ("c.jpg", 120, 120, []),
 ]
+# file name, width, height, boxes x, y, width, height in pixels with their classes
+YOLO_PICTURES: list[tuple[str, int, int, list[tuple[list[float], int]]]] = [
+    ("a.jpg", 160, 120, [([20, 30, 50, 40], 1), ([90, 10, 60, 100], 0)]),
+    ("b.PNG", 100, 140, [([10, 10, 30, 60], 1)]),
+    ("c.bmp", 90, 90, []),
+]
+YOLO_CLASSES = "path: ../somewhere\ntrain: ../train/images\nval: images/val\nnc: 2\nnames: ['cat', dog]\n"
 
 
 def draw(width: int, height: int, boxes: list[list[float]]) -> np.ndarray:
@@ -68,3 +75,26 @@ def write_coco(root: Path, content: Any = None, pictures: Any = PICTURES) -> Dat
 def config_of(data: Data) -> Any:
     """As much of a configuration as data.py looks at."""
     return SimpleNamespace(data=data)
+
+
+def yolo_line(box: list[float], label: int, width: int, height: int) -> str:
+    """A line of a label file."""
+    x, y, w, h = box
+    return f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
+
+
+def write_yolo(root: Path, form: str = "images/{}") -> Data:
+    """Both splits below `root`; returns the settings."""
+    root.mkdir(exist_ok=True)
+    (root / "data.yaml").write_text(YOLO_CLASSES)
+    for split in ("train", "val"):
+        images = root / form.format(split)
+        labels = root / form.format(split).replace("images", "labels")
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for name, width, height, boxes in YOLO_PICTURES:
+            Image.fromarray(draw(width, height, [box for box, _ in boxes])).save(images / name)
+            if boxes:
+                text = "".join(yolo_line(box, label, width, height) for box, label in boxes)
+                (labels / name).with_suffix(".txt").write_text(text)
+    return replace(SHAPES, kind="yolo", root=root, num_classes=2, train_split="train", test_split="val")
