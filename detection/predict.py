@@ -184,8 +184,11 @@ def _predict_folder(config: Config, model: Model, arguments: Arguments, categori
     """All pictures of a folder, in the order of their names; returns the JSON."""
     files = sorted(path for path in arguments.input.iterdir() if not path.is_dir() and not path.name.startswith("."))
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-    if others := [path.name for path in files if path not in set(pictures)]:
-        print(f"{len(others)} files that are no pictures left out: {', '.join(others[:10])}")
+    folders = sorted(path.name for path in arguments.input.iterdir() if path.is_dir() and path.name[0] != ".")
+    others = [path.name for path in files if path not in set(pictures)]
+    for what, names in (("files that are no pictures left out", others), ("folders not looked into", folders)):
+        if names:
+            print(f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     copies, broken = copies_of(pictures, arguments.output), []
     results = Results(arguments.output / "detections.json", categories)
     with results:
@@ -195,7 +198,8 @@ def _predict_folder(config: Config, model: Model, arguments: Arguments, categori
             except (BrokenImage, OSError) as error:
                 if arguments.on_broken == "raise":
                     raise
-                print(f"skipped: {error}")
+                # the remedy of an error is the configuration's flag, which is not this command's
+                print(f"skipped: {': '.join(error.parts[:2]) if isinstance(error, BrokenImage) else error}")
                 broken.append(path.name)
             else:
                 _predict_picture(config, model, path, image, image_id, arguments.min_score, results, copies[path])

@@ -157,10 +157,11 @@ def folder(root: Path) -> Path:
 def test_a_folder_gives_one_json_and_names_what_cannot_be_read(world, tmp_path, capsys):
     results, copies = predict(*world, asked(folder(tmp_path / "in"), tmp_path / "out"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 files that are no pictures left out: notes.txt"
-    assert lines[1:4] == ["a.JPG: 1 detections: 1 car", "a.png: 0 detections", "b.png: 1 detections: 1 car"]
-    assert lines[4].startswith("skipped: ") and "broken.jpg" in lines[4]
-    assert lines[5:] == ["1 of 4 pictures skipped: broken.jpg"]
+    assert lines[:2] == ["1 files that are no pictures left out: notes.txt", "1 folders not looked into: more"]
+    assert lines[2:5] == ["a.JPG: 1 detections: 1 car", "a.png: 0 detections", "b.png: 1 detections: 1 car"]
+    assert lines[5].startswith("skipped: ") and "broken.jpg: " in lines[5]
+    assert "--data." not in lines[5]  # a flag of training
+    assert lines[6:] == ["1 of 4 pictures skipped: broken.jpg"]
     found = json.loads(results.read_text())
     assert [(one["image_id"], one["file_name"]) for one in found] == [(1, "a.JPG"), (3, "b.png")]
     names = sorted(path.name for path in copies.iterdir())
