@@ -19,7 +19,17 @@ import numpy as np
 from detection import yolo
 from detection.configs import Data
 from detection.images import MAX_PIXELS
-from detection.pictures import MAX_SIDE, Annotations, Category, Faults, Picture, as_coco, inside, number
+from detection.pictures import (
+    MAX_SIDE,
+    Annotations,
+    Category,
+    Faults,
+    Picture,
+    as_coco,
+    inside,
+    is_clipped,
+    number,
+)
 from engine.files import read_json
 
 __all__ = [
@@ -41,7 +51,6 @@ UNUSED = ("segmentation", "coco_url", "flickr_url", "date_captured")  # most of 
 FORM = "want the form of COCO's instances_*.json"
 # Tables and keys of the other files that stand in COCO's annotation folder.
 OTHERS = {"caption": "captions", "segments_info": "panoptic segments"}
-CLIPPED = 1.0  # pixels past the border that are told; less is rounding
 
 
 def annotation_file(data: Data, split: Literal["train", "test"]) -> Path:
@@ -59,7 +68,7 @@ def read_annotations(data: Data, split: Literal["train", "test"]) -> Annotations
     file, entry and remedy: another form, other than `num_classes` classes, a split without pictures; and, or with
     on_broken="skip" a warning and the entry left out: an image id twice or without name and size, a file name that
     leaves the folder, an annotation id below 1 or twice, an unknown category or image, a box that is not four finite
-    numbers or of negative size.
+    numbers or of negative size, a file under two image ids.
     """
     faults = Faults(annotation_file(data, split), data.on_broken)
     annotations = read_with_faults(data, split, faults, counted=True)
@@ -117,6 +126,8 @@ def _pictures(
     for item in tables["annotations"]:
         if (read := _box(item, images, known, places, seen, faults)) is not None:
             found.setdefault(read[0], []).append(read[1:])
+    _refuse_shares([row[1] for rows in found.values() for row in rows], faults)
+    faults.look_for_corners(len(tables["annotations"]))
     pictures = {}
     for image_id, (path, width, height) in images.items():
         rows = found.get(image_id, [])
@@ -148,6 +159,8 @@ def _tables(file: Path) -> dict[str, list[Any]]:
     if lacking := [name for name, table in tables.items() if not isinstance(table, list)]:
         have = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise ValueError(f"{file}: has no list {' and no list '.join(lacking)} (it has {have[:120]}); {FORM}")
+    if empty := [name for name in ("images", "categories") if not tables[name]]:
+        raise ValueError(f"{file}: its list {' and its list '.join(empty)} is empty; {FORM}")
     return tables  # type: ignore[return-value]  # just looked at
 
 
@@ -170,6 +183,7 @@ def _images(
     folder = Path(data.root) / _name(data, split)
     images: dict[int, tuple[Path, int, int]] = {}
     known: set[int] = set()
+    by_name: dict[Path, int] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not _is_id(entry.get("id")):
             faults.leave_out(f"the image {str(entry)[:60]} has no whole number `id`")
@@ -187,6 +201,9 @@ def _images(
             faults.leave_out(f"image {image_id} has the file_name {str(name)[:60]!r}")
         elif Path(name).is_absolute() or ".." in Path(name).parts:
             faults.leave_out(f"image {image_id} has the file_name {name[:60]!r}, which leaves the folder {folder}")
+        elif (other := by_name.setdefault(Path(name), image_id)) != image_id:
+            # what is labeled in the one would be taught to be nothing in the other
+            faults.leave_out(f"the images {other} and {image_id} are both of the file {name[:60]!r}")
         elif data.num_images is None or len(images) < data.num_images:
             images[image_id] = (folder / name, sides[0], sides[1])
     return images, known
@@ -211,34 +228,44 @@ def _box(
         return None
     seen.add(item["id"])
     if not _is_id(image_id) or image_id not in known:
-        faults.leave_out(f"{name} is of the image {str(image_id)[:40]!r}, which is not in the file")
+        faults.leave_out(f"{name} is of the image {image_id!r:.40}, which is not in the file")
         return None
     if image_id not in images:
         return None
     if not _is_id(category_id) or category_id not in places:
-        faults.leave_out(f"{name} has the category {str(category_id)[:40]!r}, which is not in the file")
+        faults.leave_out(f"{name} has the category {category_id!r:.40}, which is not in the file")
         return None
-    box, area, crowd = item.get("bbox"), item.get("area"), item.get("iscrowd", 0)
+    box, area, crowd = item.get("bbox"), item.get("area"), item.get("iscrowd")
+    crowd = 0 if crowd is None else crowd
     values = [number(value) for value in box] if isinstance(box, list) and len(box) == 4 else []
     x, y, w, h = (math.nan if value is None else value for value in values or [None] * 4)
     if not (math.isfinite(x + y) and w >= 0 and h >= 0):
         faults.leave_out(f"{name} has the box {str(box)[:80]}, not x, y, width, height in pixels")
         return None
     if crowd not in (0, 1):
-        faults.leave_out(f"{name} has the iscrowd {str(crowd)[:40]!r}, neither 0 nor 1")
+        faults.leave_out(f"{name} has the iscrowd {crowd!r:.40}, neither 0 nor 1")
         return None
     _, width, height = images[image_id]
     clipped = inside((x, y, w, h), width, height)
     if clipped is None:
         faults.changed.append(f"{name} of image {image_id}: nothing of {box} is inside {width} x {height}")
         return None
-    if max(abs(a - b) for a, b in zip(clipped, (x, y, w, h), strict=True)) > CLIPPED:
+    if is_clipped((x, y, w, h), clipped):
         faults.changed.append(f"{name} of image {image_id}: {box} reaches past {width} x {height}, clipped")
     size = clipped[2] * clipped[3] if area is None else area
     if type(size) not in (int, float) or not 0 <= size <= MAX_SIDE**2:
-        faults.leave_out(f"{name} has the area {str(area)[:40]}, not square pixels")
+        faults.leave_out(f"{name} has the area {area!r:.40}, not square pixels")
         return None
     return image_id, places[category_id], clipped, bool(crowd), float(size)
+
+
+def _refuse_shares(boxes: list[tuple[float, ...]], faults: Faults) -> None:
+    """ValueError where all boxes lie within the first pixel, as shares of the picture do."""
+    if boxes and all(x + width <= 1 and y + height <= 1 for x, y, width, height in boxes):
+        raise ValueError(
+            f"{faults.file}: all boxes are within one pixel, as {list(boxes[0])}; they seem to be shares "
+            "of the picture: multiply them with its width and height"
+        )
 
 
 def _is_id(value: Any) -> bool:

@@ -142,7 +142,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     """uint8 (H, W, 3) of any mode."""
-    if image.mode.startswith("I"):  # I;16, I;16B: a grey PNG or TIFF of 16 bits; I: of 32, or 16 in older Pillows
+    if image.mode == "I" and image.format == "TIFF":  # of what range, nobody knows: 8 bits of 32 would be black
+        raise BrokenImage(path, "has grey values of 32 bits", "convert it to 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # I;16, I;16B: a grey PNG or TIFF of 16 bits; I: 16 bits in older Pillows, and PGM
         values = np.array(image)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise BrokenImage(path, f"has grey values of up to {values.max()}", "convert it to 8 bits per channel")

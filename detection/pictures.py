@@ -16,6 +16,8 @@ import numpy as np
 
 MAX_SIDE = 1_000_000  # of a picture, pixels; a coordinate beyond it is a mistake
 NAMED = 10  # odd entries that a warning names
+CLIPPED = 1.0  # pixels past the border that are told; less is rounding
+MANY = 0.25  # share of the boxes; where more of them reach past the border, they may be of another form
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Faults:
     on_broken: Literal["raise", "skip"]
     broken: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    hint: str = ""  # what all of `changed` may come from
 
     def leave_out(self, sentence: str) -> None:
         """ValueError, or one more entry that is left out."""
@@ -72,7 +75,13 @@ class Faults:
         for what, lines in (("entries left out", self.broken), ("boxes dropped or clipped", self.changed)):
             if lines:
                 more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
-                warnings.warn(f"{self.file}: {len(lines)} {what}: {'; '.join(lines[:NAMED])}{more}", stacklevel=2)
+                hint = f"; {self.hint}" if self.hint and lines is self.changed else ""
+                warnings.warn(f"{self.file}: {len(lines)} {what}: {'; '.join(lines[:NAMED])}{more}{hint}", stacklevel=2)
+
+    def look_for_corners(self, num_boxes: int) -> None:
+        """Give the hint that is due where many of so many boxes were dropped or clipped."""
+        if len(self.changed) > max(MANY * num_boxes, 3):
+            self.hint = "so many: are they corners x0, y0, x1, y1, or of pictures that were resized later?"
 
 
 def number(value: Any) -> float | None:
@@ -88,6 +97,11 @@ def inside(box: tuple[float, float, float, float], width: int, height: int) -> t
     right, bottom = min(box[0] + box[2], float(width)), min(box[1] + box[3], float(height))
     # a width of 1e-9 of a pixel is none in float32
     return (left, top, right - left, bottom - top) if min(right - left, bottom - top) > 1e-3 else None
+
+
+def is_clipped(box: tuple[float, ...], clipped: tuple[float, ...]) -> bool:
+    """Whether more than rounding was cut off."""
+    return max(abs(a - b) for a, b in zip(clipped, box, strict=True)) > CLIPPED
 
 
 def as_coco(annotations: Annotations) -> dict[str, Any]:

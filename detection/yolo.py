@@ -12,6 +12,7 @@ Where the folder of a split is not there, the one that data.yaml names for it (t
 import math
 import os
 import reprlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ import yaml
 
 from detection.configs import Data
 from detection.images import SUFFIXES, shown_size
-from detection.pictures import Category, Faults, Picture, inside
+from detection.pictures import Category, Faults, Picture, inside, is_clipped
 from engine.files import read_text
 
 CLASSES = "data.yaml"
 REMEDY = "want `names:`, a list of class names or a table from 0, 1, 2, ... to them"
+# Pictures that cannot be read, and whose labels would be told to have none.
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".npy")
 SLACK = 0.05  # share of the picture by which a box may reach past it; more is another unit
 
 
@@ -50,13 +53,19 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
     """The pictures of a split, at most `num_images`, by their new ids; the header of each file is read for its size.
 
     Raises FileNotFoundError for missing folders; and, or with on_broken="skip" leaves out: a picture that cannot be
-    opened or whose label file cannot, two pictures of one name, a label file without a picture, a line that is no box.
+    opened or whose label file cannot, two pictures of one name, a folder of pictures among them, a label file without a
+    picture, a line that is no box.
     Hidden files, as ._a.jpg of macOS, are not looked at.
     """
     folder, labels = _folders(data, split)
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    files = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    files = [name for name in names if name.lower().endswith(SUFFIXES)]
+    for name in sorted(set(names) - set(files)):
+        if name.lower().endswith(UNREAD):
+            faults.leave_out(f"{folder / name} is in a format that is not read: convert it to JPEG or PNG")
+        elif any(inner.suffix.lower() in SUFFIXES for inner in _inside(folder / name)):
+            faults.leave_out(f"the pictures in {folder / name} are in a folder below the split's: move them up")
     stems: dict[str, str] = {}
     for name in files:
         stem = Path(name).stem
@@ -67,6 +76,7 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
     texts = {entry.stem: entry for entry in _texts(labels)}
     for stem in sorted(texts.keys() - stems.keys() - {"classes"}):  # labelling tools leave a classes.txt
         faults.leave_out(f"the labels {texts[stem]} have no picture in {folder}")
+    num_boxes = 0
     pictures: dict[int, Picture] = {}
     for number, (stem, name) in enumerate(list(stems.items())[: data.num_images], start=1):
         try:
@@ -79,6 +89,7 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
             continue
         rows = _boxes(texts.get(stem, labels), lines, width, height, num_classes, faults)
         boxes = np.array([row[1] for row in rows], dtype=np.float64).reshape(-1, 4)
+        num_boxes += len(boxes)
         pictures[number] = Picture(
             number,
             folder / name,
@@ -89,6 +100,7 @@ def read_pictures(data: Data, split: str, num_classes: int, faults: Faults) -> d
             np.zeros(len(rows), dtype=bool),
             boxes[:, 2] * boxes[:, 3],
         )
+    faults.look_for_corners(num_boxes)
     return pictures
 
 
@@ -97,15 +109,31 @@ def label_files(data: Data, split: str) -> list[Path]:
     return _texts(_folders(data, split)[1])
 
 
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds; nothing where it is none."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def _texts(folder: Path) -> list[Path]:
     """What is visible in it and ends in .txt or .TXT, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.name[0] != ".")
 
 
+class _Loader(yaml.SafeLoader):
+    """Also refuses a key that is listed twice, of which YAML's own would lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        counts = Counter(str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
+                raise ValueError(f"{key[:40]!r} is listed twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_table(file: Path) -> dict:
     text = read_text(file, "put a data.yaml there, or set --data.root")
     try:
-        table = yaml.safe_load(text)
+        table = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:  # !!int ""
         problem = " ".join(str(error).split())[:120]
         raise ValueError(f"{file}: cannot be read as YAML ({problem}); {REMEDY}") from None
@@ -171,9 +199,12 @@ def _boxes(
             what = "not shares of the picture (are they pixels?)"
             faults.leave_out(f"{where} has {' '.join(words[1:5])[:60]}, {what}")
             continue
-        box = inside((left * width, top * height, w * width, h * height), width, height)
+        given = (left * width, top * height, w * width, h * height)
+        box = inside(given, width, height)
         if box is None:
             faults.changed.append(f"{where}: the box has no width or height inside the picture")
             continue
+        if is_clipped(given, box):
+            faults.changed.append(f"{where}: the box reaches past the picture, clipped")
         rows.append((int(label), box))
     return rows

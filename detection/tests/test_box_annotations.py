@@ -10,6 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from detection.annotations import annotation_file, as_coco, read_annotations, read_categories
+from detection.metric import read_ground_truth
 from detection.tests.toy_pictures import coco_of, write_coco
 
 FILE = "instances_train2017.json"
@@ -83,6 +84,26 @@ def test_rounding_past_the_border_is_not_worth_a_warning(tmp_path, recwarn):
     assert not recwarn.list
 
 
+def test_many_boxes_past_the_border_may_be_corners(tmp_path):
+    content = coco_of()
+    corners = [[60, 50, 150, 110], [80, 70, 120, 90], [90, 20, 140, 60], [85, 80, 110, 100], [100, 100, 130, 110]]
+    content["annotations"] = [
+        {"id": k, "image_id": 7, "category_id": 3, "bbox": box} for k, box in enumerate(corners, start=1)
+    ]
+    with pytest.warns(UserWarning, match=r"5 boxes dropped or clipped: .*; so many: are they corners x0, y0, x1, y1"):
+        read(tmp_path, content)
+
+
+def test_a_null_area_or_crowd_is_one_that_is_missing(tmp_path):
+    content = coco_of()
+    content["annotations"][0] |= {"area": None, "iscrowd": None}
+    content["annotations"][1]["iscrowd"] = 0.0  # as tables of numbers are exported
+    found = read(tmp_path, content)
+    assert found.pictures[7].areas.tolist() == [2000, 6000] and not found.pictures[7].crowd.any()
+    with pytest.warns(UserWarning, match="1 have no area: .*1 have no iscrowd"):
+        assert [one["iscrowd"] for one in read_ground_truth(found.file).annotations] == [0, 0, 0]
+
+
 def test_area_and_crowd_may_be_missing(tmp_path):
     content = coco_of()
     del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]
@@ -95,9 +116,14 @@ ENTRIES = {
     "an annotation id of 0": ("annotations", {"id": 0}, r"no whole number `id` of at least 1"),
     "an annotation id of words": ("annotations", {"id": "one"}, r"no whole number `id`"),
     "an annotation id twice": ("annotations", {"id": 2}, r"annotation id 2 is listed twice"),
-    "an unknown category": ("annotations", {"category_id": 5}, r"annotation 1 has the category '5', which is not in"),
-    "a category of truth": ("annotations", {"category_id": True}, r"annotation 1 has the category 'True'"),
-    "an unknown image": ("annotations", {"image_id": 99}, r"annotation 1 is of the image '99', which is not in"),
+    "an unknown category": ("annotations", {"category_id": 5}, r"annotation 1 has the category 5, which is not in"),
+    "a category in quotes": (
+        "annotations",
+        {"category_id": "3"},
+        r"annotation 1 has the category '3', which is not in",
+    ),
+    "a category of truth": ("annotations", {"category_id": True}, r"annotation 1 has the category True"),
+    "an unknown image": ("annotations", {"image_id": 99}, r"annotation 1 is of the image 99, which is not in"),
     "an image in a list": ("annotations", {"image_id": [7]}, r"annotation 1 is of the image"),
     "no box": ("annotations", {"bbox": None}, r"annotation 1 has the box None, not x, y, width, height"),
     "a box of three": ("annotations", {"bbox": [1, 2, 3]}, r"annotation 1 has the box \[1, 2, 3\]"),
@@ -107,10 +133,12 @@ ENTRIES = {
     "a box of words": ("annotations", {"bbox": ["1", 2, 3, 4]}, r"annotation 1 has the box \['1', 2, 3, 4\]"),
     "a box of truth": ("annotations", {"bbox": [True, 2, 3, 4]}, r"annotation 1 has the box"),
     "a box of astronomers": ("annotations", {"bbox": [1, 2, 10**200, 4]}, r"annotation 1 has the box"),
-    "a crowd of two": ("annotations", {"iscrowd": 2}, r"annotation 1 has the iscrowd '2'"),
+    "a crowd of two": ("annotations", {"iscrowd": 2}, r"annotation 1 has the iscrowd 2"),
+    "an area in quotes": ("annotations", {"area": "2000"}, r"annotation 1 has the area '2000', not square pixels"),
     "a negative area": ("annotations", {"area": -1}, r"annotation 1 has the area -1"),
     "an area of NaN": ("annotations", {"area": math.nan}, r"annotation 1 has the area nan"),
     "an image id twice": ("images", {"id": 8}, r"image id 8 is listed twice, the second time with 'b.png'"),
+    "a file twice": ("images", {"file_name": "b.png"}, r"the images 7 and 8 are both of the file 'b.png'"),
     "an image without id": ("images", {"id": None}, r"the image .* has no whole number `id`"),
     "an image id of a float": ("images", {"id": 7.0}, r"no whole number `id`"),
     "no width": ("images", {"width": None}, r"image 7 has the width and height \[None, 120\]"),
@@ -153,7 +181,12 @@ OTHERS = {
     "categories in a table": ({"categories": {"3": "car"}}, "has no list categories"),
     "a category without a name": ({"categories": [{"id": 3}, {"id": 44, "name": "cup"}]}, "lacks a whole number"),
     "a category id twice": ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "'a' and 'b' both have"),
-    "no pictures": ({"images": [], "annotations": []}, "no picture of the split 'train2017'"),
+    "no pictures": ({"images": [], "annotations": []}, "its list images is empty"),
+    "no classes": ({"categories": []}, "its list categories is empty"),
+    "shares": (
+        {"annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [0.25, 0.25, 0.5, 0.5]}]},
+        r"all boxes are within one pixel, as \[0.25, 0.25, 0.5, 0.5\]; they seem to be shares of the picture",
+    ),
 }
 
 

@@ -76,8 +76,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     image = read_image(tmp_path / "ramp.png")
     assert (image[0].flatten() == torch.arange(256)).all()
     Image.fromarray(values.astype(np.int32) * 70000).save(tmp_path / "deep.tif")
-    with pytest.raises(BrokenImage, match=r"deep.tif: has grey values of up to .*8 bits"):
+    with pytest.raises(BrokenImage, match=r"deep.tif: has grey values of 32 bits; convert it to 8 or 16 bits"):
         read_image(tmp_path / "deep.tif")
+    Image.fromarray((values // 257).astype(np.int32)).save(tmp_path / "dark.tif")  # 8 bits in 32: black as 16 of them
+    with pytest.raises(BrokenImage, match=r"dark.tif: has grey values of 32 bits"):
+        read_image(tmp_path / "dark.tif")
+    Image.fromarray(values).save(tmp_path / "ramp.pgm")
+    assert (read_image(tmp_path / "ramp.pgm") == image).all()
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(BrokenImage, match=r"float.tif: has pixels in floating point"):
         read_image(tmp_path / "float.tif")
