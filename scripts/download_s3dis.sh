@@ -30,7 +30,9 @@ if [ ! -d "$ROOT/Area_6" ]; then
     exit 1
   fi
   run "$PYTHON" "$DOWNLOAD" extract "$ARCHIVES/$NAME.zip" "$ROOT/unpacked" 60
-  run mv "$ROOT/unpacked/$NAME"/Area_* "$ROOT/"
+  for area in Area_1 Area_2 Area_3 Area_4 Area_5 Area_6; do  # some may stand there already, if this was interrupted
+    [ -d "$ROOT/$area" ] || run mv "$ROOT/unpacked/$NAME/$area" "$ROOT/"
+  done
   run rm -r "$ROOT/unpacked"
 fi
 run "$PYTHON" -m pointcloud.prepare --kind s3dis --root "$ROOT"

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -55,7 +55,9 @@ def train(
             planned = model.build_model(config, pretrained=False)
             publish_plan(plan_row(config, planned, lambda: model.example_batch(config)), Path("results"))
             return
-        record = fit(config, model.build_model(config), build_loaders(config, data), evaluate)
+        loaders = build_loaders(config, data)  # what is missing there is told before weights are fetched
+        set_seed(config.run.seed)
+        record = fit(config, model.build_model(config), loaders, evaluate)
         say(f"{record.row} seed {record.seed}: {_in_words(record.metrics)}")
 
     run_command(main)
@@ -230,7 +232,7 @@ def parse_config(rows: Mapping[str, Callable[[], C]], arguments: Sequence[str]) 
         print(__doc__)
         print("Rows:", ", ".join(rows))
         raise SystemExit(0 if arguments else 2)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Words(add_help=False, allow_abbrev=False)
     parser.add_argument("row")
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--seed", type=int)
@@ -245,6 +247,13 @@ def parse_config(rows: Mapping[str, Callable[[], C]], arguments: Sequence[str]) 
     if (parsed.row, parsed.finetuning.method) != (config.row, config.finetuning.method):
         raise ValueError("a row's name says its method: change them with `ROW --method METHOD`, not field by field")
     return parsed
+
+
+class _Words(argparse.ArgumentParser):
+    """Whose errors are a user's, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:
