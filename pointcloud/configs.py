@@ -97,6 +97,14 @@ class Config(engine_config.Config):
     model: Model = field(default_factory=Model)
     label_smoothing: Share = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.data.ratios) != len(self.model.channels):
+            raise ValueError(
+                f"--data.ratios {' '.join(map(str, self.data.ratios))} and --model.channels "
+                f"{' '.join(map(str, self.model.channels))}: give one of each per stage of the tokenizer"
+            )
+
 
 S3DIS = Data()
 ROOMS = Data(

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from engine.data.loader import to_device
+from engine.data.workers import tracked
 from engine.files import write_text
 from engine.task import Batch, Model
 from pointcloud.configs import Config
 from pointcloud.data import EvaluationRoom, class_names, stack
 from pointcloud.metric import absent_classes, confusion_matrix, scores
-from pointcloud.s3dis import find_rooms
+from pointcloud.s3dis import find_rooms, load_voxels
 
 PIECE = 1 << 20  # points projected at a time: memory does not depend on the room
 
@@ -48,9 +49,14 @@ class Truth:
 
 
 def read_truth(config: Config) -> Truth:
-    """Errors as `data.class_names` and `s3dis.find_rooms`: a test area that is not complete is refused here."""
-    data = config.data
-    return Truth(class_names(config), [room.title for room in find_rooms(data, [data.test_area])])
+    """Errors as `data.class_names` and `s3dis.find_rooms`: a test area that is not complete is refused here, and so is
+    a room that cannot be read. Those not read before are read now, into the cache.
+    """
+    data, classes = config.data, class_names(config)
+    rooms = find_rooms(data, [data.test_area])
+    for room in tracked("reading rooms", rooms):
+        load_voxels(room, data.voxel)
+    return Truth(classes, [room.title for room in rooms])
 
 
 def collect(model: Model, batch: Batch, config: Config) -> list[RoomCounts]:

@@ -4,8 +4,8 @@
     python -m pointcloud.prepare --kind s3dis --root data/s3dis --probe    # counts, and reads every room
     python -m pointcloud.prepare --kind s3dis --download               # what to agree to, and where
 
---probe reads each room into the cache that training uses, and names what was repaired, left out or cannot be read. The
-exit status is 0 only if everything is there.
+--probe reads each room into the cache that training uses, and names what was repaired, left out or cannot be read;
+without it only names are looked at. Rooms of your own: --rooms any. The exit status is 0 only if everything is there.
 """
 
 import warnings
@@ -22,13 +22,12 @@ from engine.synthetic.write import STAMP, prepare_files
 from pointcloud.configs import ROOMS, ROOMS_TINY, ROWS, Data
 from pointcloud.s3dis import (
     CLASSES,
-    ROOMS_PER_AREA,
     Room,
     class_of,
-    expected_rooms,
     is_aligned,
     load_room,
     rooms_of_area,
+    wrong_rooms,
 )
 from pointcloud.synthetic import AREAS, Synthetic, write_dataset
 
@@ -46,6 +45,7 @@ class Arguments(commands.Preparation):
     """See the module's docstring."""
 
     kind: Literal["s3dis", "npy", "pointcept"] | None = None  # the layout to check
+    rooms: Literal["official", "any"] = "official"  # those that S3DIS has, or whatever is found
     synthetic: Synthetic = field(default_factory=Synthetic)  # with a preset: what to write
 
 
@@ -54,7 +54,7 @@ def check(arguments: Arguments) -> Check:
     assert arguments.kind is not None, "preparation checks a layout that was named"
     root = arguments.root or Data().root
     composed = (root / STAMP).is_file()
-    data = Data(kind=arguments.kind, root=root, rooms="composed" if composed else "official", unit="room")
+    data = Data(kind=arguments.kind, root=root, rooms="composed" if composed else arguments.rooms, unit="room")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder. Get it with: bash scripts/download_s3dis.sh {root}")
     counts, problems, empty = {}, [], []
@@ -62,11 +62,8 @@ def check(arguments: Arguments) -> Check:
     for area in AREAS:
         rooms = rooms_of_area(data, area)
         counts[f"rooms of Area_{area}"] = len(rooms)
-        missing = sorted(expected_rooms(data, area) - {room.name for room in rooms})
-        if missing:
-            problems.append(f"Area_{area} lacks {len(missing)} rooms: {', '.join(missing[:20])}")
-        elif not composed and len(rooms) != ROOMS_PER_AREA[area]:
-            problems.append(f"Area_{area} has {len(rooms)} rooms instead of the official {ROOMS_PER_AREA[area]}")
+        if problem := wrong_rooms(data, area, rooms):
+            problems.append(problem)
         if not rooms:
             empty.append(f"Area_{area}")
         every += rooms
@@ -82,14 +79,31 @@ def check(arguments: Arguments) -> Check:
         lists = arguments.lists
         name_some(problems, broken, None if lists is None else lists / "broken_rooms.txt", "rooms cannot be read")
     else:
-        strays = [path.name for room in every for path in room.files if is_stray(path, room)]
+        strays, unusable = look(every)
         name_some(problems, strays, None, "files are not named <class>_<number>.txt and are left out")
+        name_some(problems, unusable, None, "rooms cannot be read")
     return Check(str(root), counts, problems, empty)
 
 
-def is_stray(path: Path, room: Room) -> bool:
-    """Whether a file among the annotations is none."""
-    return room.kind == "s3dis" and not path.name.startswith(".") and class_of(path) is None
+def look(rooms: list[Room]) -> tuple[list[str], list[str]]:
+    """By their names alone: files that are no annotations, and what is wrong with rooms that cannot be read."""
+    strays, unusable = [], []
+    for room in rooms:
+        visible = [path for path in room.files if not path.name.startswith(".")]
+        if room.kind != "s3dis":
+            unusable += [f"{path}: no such file" for path in visible if not path.is_file()]
+            continue
+        classes: dict[Path, int | None] = {}
+        for path in visible:
+            try:
+                classes[path] = class_of(path)
+            except ValueError as error:
+                unusable.append(str(error))
+        own = [str(path.relative_to(room.root)) for path, label in classes.items() if label is None]
+        strays += own
+        if len(own) == len(visible):
+            unusable.append(f"{room.root / room.title}: has no Annotations/<class>_<number>.txt")
+    return strays, unusable
 
 
 def probe(rooms: list[Room]) -> tuple[np.ndarray, list[str], list[str]]:

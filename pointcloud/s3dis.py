@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data import busy
 from engine.files import make_folder, publish, read_json, require_file, write_text
 from engine.synthetic.write import STAMP
 from pointcloud.configs import Data
@@ -141,6 +142,7 @@ def read_points(path: Path, columns: int | None = 6, remedy: str = REMEDY) -> tu
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FileNotFoundError(f"{path}: no such file; {remedy}") from None
+    busy.alive(path)
     notes = []
     damaged = [match.start() for match in CONTROL.finditer(content)] if CONTROL.search(content) else []
     if len(damaged) > MAX_REPAIRS:
@@ -234,7 +236,10 @@ def voxelize(xyz: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarr
     low = cells.min(axis=0)
     extent = cells.max(axis=0) - low + 1
     if not (extent < 2**20).all():
-        raise ValueError(f"points reach over {(extent * size).max():.3g} m: coordinates must be in meters")
+        raise ValueError(
+            f"points reach over {(extent * size).max():.3g} m, too far for cubes of {size:g} m: coordinates must be in "
+            "meters, or --data.voxel larger"
+        )
     cells -= low
     key = np.zeros(len(cells), np.int64)  # below 2^60, where floats would no longer tell neighbors apart
     for axis in range(3):
@@ -249,6 +254,7 @@ def voxelize(xyz: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarr
 def read_array(path: Path, remedy: str) -> np.ndarray:
     """The numbers in a .npy file; nothing in it is run. ValueError, naming the file, for anything else."""
     require_file(path, remedy)
+    busy.alive(path)
     try:
         # mapped: a header that promises more than there is allocates nothing
         values = np.load(path, mmap_mode="r", allow_pickle=False)

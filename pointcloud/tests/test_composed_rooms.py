@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy_mirror import script, serving
 
 from engine.commands import Preparation
 from engine.data.check import Check
@@ -14,6 +15,7 @@ from pointcloud.configs import ROOMS_TINY, Data
 from pointcloud.model import build_model
 from pointcloud.s3dis import CLASSES, find_rooms, load_room
 from pointcloud.synthetic import Synthetic, Thing, compose_room, furnish_with_boxes, write_dataset
+from pointcloud.tests.toy_rooms import write_room, write_rooms
 
 SMALL = Synthetic(train_rooms=1, test_rooms=2, density=8.0)
 
@@ -99,6 +101,53 @@ def test_the_official_counts_and_the_aligned_version_are_told(root, tmp_path):
     assert "aligned version" in told
     with pytest.raises(FileNotFoundError, match="download_s3dis.sh"):
         prepare.check(arguments(kind="s3dis", root=tmp_path / "none"))
+
+
+def test_a_look_names_rooms_without_annotations_and_unknown_classes_and_goes_on(tmp_path):
+    for area in range(1, 7):
+        write_room(tmp_path / f"Area_{area}" / "office_1")
+    (tmp_path / "Area_1" / "empty_1").mkdir()
+    folder = tmp_path / "Area_2" / "office_1" / "Annotations"
+    (folder / "wall_1.txt").rename(folder / "lamp_1.txt")
+    (folder / "chair_1.txt").rename(folder / "chair 1.txt")
+    found = prepare.check(arguments(kind="s3dis", root=tmp_path, rooms="any"))
+    told = "\n".join(found.problems)
+    assert "Area_1/empty_1: has no Annotations" in told and "lamp_1.txt: 'lamp' is not a class" in told
+    assert "left out: Area_2/office_1/Annotations/chair 1.txt" in told and "lacks" not in told
+    assert "2 rooms cannot be read" in told and found.failed("raise")
+    again = prepare.check(arguments(kind="s3dis", root=tmp_path, rooms="any", probe=True))
+    assert "Area_1/empty_1: has no Annotations" in "\n".join(again.problems)
+    (tmp_path / "Area_1" / "hall").mkdir()
+    missing = prepare.check(arguments(kind="pointcept", root=tmp_path, rooms="any"))
+    assert "Area_1/hall/coord.npy: no such file" in "\n".join(missing.problems)
+
+
+def test_repairs_are_named_by_each_probe(root, capsys):
+    for _ in range(2):
+        prepare.check(arguments(kind="s3dis", root=root, probe=True))
+        assert "ceiling_1.txt: line" in capsys.readouterr().out
+
+
+def test_the_script_fetches_checks_the_size_unpacks_and_goes_on(tmp_path):
+    served, root, name = tmp_path / "served", tmp_path / "s3dis", "Stanford3dDataset_v1.2"
+    write_rooms(served / name, count=3)
+    with zipfile.ZipFile(served / f"{name}.zip", "w") as archive:
+        for path in sorted((served / name).rglob("*.txt")):
+            archive.write(path, path.relative_to(served))
+    refused = script("download_s3dis.sh", str(root))
+    assert refused.returncode == 1 and "agree to the terms" in refused.stdout and not root.exists()
+    with serving(served) as address:
+        size = str((served / f"{name}.zip").stat().st_size)
+        words = {"URL": f"{address}/{name}.zip", "BYTES": size}
+        cut = script("download_s3dis.sh", str(root), "--accept-license", **{**words, "BYTES": "5149528258"})
+        assert cut.returncode == 1 and f"has {size} bytes, not 5149528258" in cut.stderr
+        (root / "Area_1").mkdir()  # as after an interruption while areas were moved
+        done = script("download_s3dis.sh", str(root), "--accept-license", **words)
+    assert done.returncode == 1 and "Area_5 lacks 66 rooms" in done.stdout, "as the toy has two of them"
+    assert sorted(path.name for path in root.glob("Area_*")) == [f"Area_{k}" for k in range(1, 7)]
+    assert not (root / "unpacked").exists()
+    again = script("download_s3dis.sh", str(root), "--accept-license", "--dry-run", **words)
+    assert again.returncode == 0 and "download.py fetch" not in again.stdout, again.stderr
 
 
 def test_the_license_step_is_said(capsys):

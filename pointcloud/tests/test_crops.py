@@ -174,6 +174,20 @@ def test_another_number_of_classes_is_refused(root):
         data.class_names(tiny_config(root, num_classes=20))
 
 
+@pytest.mark.parametrize("ratios", [(), (4,), (2, 2, 2)])
+def test_other_numbers_of_ratios_than_of_stages_are_refused(root, ratios):
+    with pytest.raises(ValueError, match="--data.ratios .*--model.channels 32 64: give one of each"):
+        tiny_config(root, ratios=ratios)
+
+
+def test_a_long_reading_gives_signs_of_life(tmp_path, monkeypatch):
+    write_rooms(tmp_path)
+    files = []
+    monkeypatch.setattr("engine.data.busy.alive", lambda file="": files.append(str(file)))
+    data.build_dataset(tiny_config(tmp_path), "train")[(0, 0)]
+    assert len(files) == 15 and files[0].endswith("chair_1.txt"), "a worker that reads 200 rooms at first is not hung"
+
+
 def test_settings_that_leave_no_neighbors_are_refused(root):
     with pytest.raises(ValueError, match="fewer than --data.neighbors 32"):
         tiny_config(root, neighbors=32)

@@ -116,6 +116,13 @@ def test_a_missing_room_is_refused_before_and_after(root, tmp_path):
         evaluate.read_truth(tiny_config(root, rooms="official"))
 
 
+def test_a_room_that_cannot_be_read_is_known_before_the_training(tmp_path):
+    write_rooms(tmp_path)
+    (tmp_path / "Area_5" / "office_2" / "Annotations" / "wall_1.txt").write_text("1 2 3\n")
+    with pytest.raises(ValueError, match="Area_5/office_2/Annotations/wall_1.txt: has 3 columns"):
+        evaluate.read_truth(tiny_config(tmp_path))
+
+
 def test_what_is_not_finite_is_named(root):
     model = ByHeight()
     nn.init.constant_(model.scale, float("nan"))
