@@ -43,7 +43,8 @@ def test_logits_have_the_classes_and_every_parameter_trains(architecture):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_applies_and_keeps_parameter_names(method):
     config = tiny()
-    config = replace(config, finetuning=Finetuning(method=method, options=config.finetuning.options))
+    options = replace(config.finetuning.options, chunk_mib=0.5 if method == "checkpointed_chunks" else None)
+    config = replace(config, finetuning=Finetuning(method=method, options=options))
     model = build_model(config)
     names = [name for name, _ in model.named_parameters()]
     apply_method(model, config.finetuning)

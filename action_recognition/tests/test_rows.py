@@ -30,7 +30,7 @@ def test_a_row_is_named_after_itself_and_its_batch_divides(name):
 def test_methods_of_a_family_differ_in_the_method_only():
     families = [name.removesuffix("_frozen") for name in ROWS if name.endswith("_frozen")]
     for family in families:
-        configs = [row(f"{family}_{method}") for method in METHODS]
+        configs = [row(f"{family}_{method}") for method in METHODS if f"{family}_{method}" in ROWS]
         same = {repr(dataclasses.replace(config, row="", finetuning=configs[0].finetuning)) for config in configs}
         assert len(same) == 1, family
         options = {config.finetuning.options for config in configs}

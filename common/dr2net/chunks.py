@@ -115,15 +115,23 @@ class Chunks:
 
 
 def evaluate(
-    chunks: Chunks, x: Tensor, dtype: torch.dtype, *, keep_graph: bool, beside: Sequence[Tensor] = ()
+    chunks: Chunks,
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    keep_graph: bool,
+    beside: Sequence[Tensor] = (),
+    plus: float | None = None,
 ) -> Tensor:
     """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it.
 
-    beside: the tensors beside x, used only where they are cut with it.
+    beside: the tensors beside x, used only where they are cut with it. plus: alpha of F(x) + alpha x, which is then
+    made in its place, in the dtype that the sum has, so that F(x) is never there as a whole; only without a graph.
     """
+    assert plus is None or not keep_graph
     rows = _rows(x)
     side_rows = [_rows(t) for t in beside] if chunks.cuts_beside else []
-    out = _buffer(rows)
+    out = _buffer(rows) if plus is None else None
     shared, factors = chunks.groups.shared(), chunks.factors(x)
     for start, stop in chunks.spans(x, all_of_them=keep_graph):
         where = chunks.groups.where(start, stop, x.device)
@@ -134,7 +142,13 @@ def evaluate(
             side = [t.detach().requires_grad_(t.requires_grad) for t in side]
         given = [*shared, *(t.view_as(t) for t in side)]
         f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
-        chunks.groups.put(out, f if keep_graph else f.detach(), where)
+        f = f if keep_graph else f.detach()
+        if plus:
+            f = torch.add(f, chunk.detach(), alpha=plus)
+        if out is None:
+            out = _buffer(rows, f.dtype)
+        chunks.groups.put(out, f, where)
+    assert out is not None, "x has groups"
     return out[:-1].view(x.shape)
 
 
@@ -148,16 +162,18 @@ def differentiate(
     surroundings: Callable[[], AbstractContextManager[Any]],
     watch: Callable[[Tensor, Sequence[Tensor]], None],
     beside: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    *,
+    keep_f: bool = True,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """F(x), the gradient of <F(x) + alpha x, grad> for x (None unless x requires it) and those of the tensors beside
-    it, then of the parameters (None where unused or not required).
+    it, then of the parameters (None where unused or not required). keep_f: else F(x), which nobody needs, is None.
 
     Called with gradients enabled; F, not its derivative, runs in fresh `surroundings()` each time (autocast).
     `watch(f, known)` looks at the graph of what is shared and of each chunk, given what may be in it.
     F(x) and the gradient of x are fresh, contiguous, and in x's dtype.
     """
     rows, grad_rows = _rows(x.detach()), _rows(grad)
-    out, grad_x = _buffer(rows), _buffer(rows) if x.requires_grad else None
+    out, grad_x = _buffer(rows) if keep_f else None, _buffer(rows) if x.requires_grad else None
     side_rows = [_rows(t.detach()) for t in beside] if chunks.cuts_beside else []
     of_beside = [_buffer(r) if t.requires_grad else None for r, t in zip(side_rows, beside, strict=False)]
     with surroundings():
@@ -179,7 +195,8 @@ def differentiate(
             given = [t.view_as(t) for t in (*leaves, *side)]
             f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
         watch(f, [chunk, *leaves, *side, *parameters])
-        chunks.groups.put(out, f.detach(), where)
+        if out is not None:
+            chunks.groups.put(out, f.detach(), where)
         wanted = [chunk] if grad_x is not None else []
         wanted += [*(t for t in side if t.requires_grad), *inputs]
         found: list[Tensor | None] = [None] * len(wanted)
@@ -217,15 +234,16 @@ def differentiate(
         None if i >= len(of_beside) or (g := of_beside[i]) is None else g[:-1].view(t.shape)
         for i, t in enumerate(beside)
     ]
-    return out[:-1].view(x.shape), None if grad_x is None else grad_x[:-1].view(x.shape), [*of_rest, *of_parameters]
+    f_of_all = None if out is None else out[:-1].view(x.shape)
+    return f_of_all, None if grad_x is None else grad_x[:-1].view(x.shape), [*of_rest, *of_parameters]
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _buffer(rows: Tensor) -> Tensor:
-    return rows.new_empty(len(rows) + 1, rows.shape[1])
+def _buffer(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return rows.new_empty(len(rows) + 1, rows.shape[1], dtype=dtype)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

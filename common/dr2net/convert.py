@@ -65,7 +65,10 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     converted already; for what would make it compute something else (`patches.py`): a `forward` replaced on a block,
     backward hooks on it, the model's own gradient checkpointing. The model is then as it was.
     """
-    options = replace(options or Options(), **changes)
+    return _convert(model, replace(options or Options(), **changes), checkpointed=False)
+
+
+def _convert(model: nn.Module, options: Options, *, checkpointed: bool) -> Report:
     sequences: list[tuple[str, int, int]] = []
     ordinary: list[tuple[str, str]] = []
     inside: set[nn.Parameter] = set()
@@ -82,8 +85,9 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
         sequences.append((name or type(model).__name__, blocks, num_branches))
     _check(found)
     for name, container in found.items():
-        make_reversible(container, options, name or type(model).__name__)
-    for module in dict.fromkeys(_rest(model)) if options.recompute_rest else ():
+        make_reversible(container, options, name or type(model).__name__, checkpointed=checkpointed)
+    reversible = {block for c in found.values() for block in c.children() if find_branches(block)[0]}
+    for module in dict.fromkeys(_rest(model, reversible)) if options.recompute_rest else ():
         _checkpoint(module)
     return Report(
         tuple(sequences),
@@ -123,19 +127,28 @@ def deconvert(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no reversible or checkpointed blocks to undo")
 
 
-def checkpoint_blocks(model: nn.Module) -> int:
-    """The baseline: gradient checkpointing (torch.utils.checkpoint) of each block in the containers `convert` takes.
+def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recompute_rest: bool = False) -> int:
+    """Gradient checkpointing of each block in the containers `convert` takes: the network computes what it computed.
 
     Also of blocks that change the shape. In place, keys unchanged; returns the number of blocks. Raises ValueError as
     `convert` does.
+    chunk_mib: keep the input of each branch, and recompute and differentiate it in chunks of about so many MiB, where
+    it can be cut (`Options.chunk_mib`): 256 for hierarchical networks, whose inner activations are larger than their
+    streams. None: keep the input of each block, torch.utils.checkpoint around it; half the kept inputs, but a block's
+    inner activations as a whole. recompute_rest: also what is not a block (`Options.recompute_rest`).
     """
+    options = Options(inversion="float", chunk_mib=chunk_mib)
     found, _ = _containers(model)
     children = {block: None for container in found.values() for block in container.children()}
     children = {block: None for block in children if not any(block is container for container in found.values())}
-    blocks = [block for block in children if find_branches(block)[0] or _can_run_again(block)]
-    for block in blocks:
-        _checkpoint(block)
-    return len(blocks)
+    cut = [block for block in children if chunk_mib is not None and find_branches(block)[0]]
+    whole = [block for block in children if block not in cut and (find_branches(block)[0] or _can_run_again(block))]
+    if cut:
+        _convert(model, options, checkpointed=True)
+    rest = dict.fromkeys(_rest(model, set(children))) if recompute_rest else {}
+    for module in dict.fromkeys([*whole, *rest]):
+        _checkpoint(module)
+    return len(cut) + len(whole)
 
 
 def recompute(module: nn.Module) -> None:
@@ -231,13 +244,13 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContex
     return nullcontext(), StatisticsKept((module,))
 
 
-def _rest(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules that are not reversible and can run again."""
-    inside = isinstance(module, ReversibleSequence)
-    if inside or any(isinstance(m, ReversibleSequence) for m in module.modules()):
+def _rest(module: nn.Module, blocks: set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest modules that hold none of `blocks`, nor are one, and can run again."""
+    if module in blocks:
+        return
+    if any(m in blocks for m in module.modules()):
         for child in module.children():
-            if not (inside and find_branches(child)[0]):
-                yield from _rest(child)
+            yield from _rest(child, blocks)
     elif _can_run_again(module):
         yield module
 

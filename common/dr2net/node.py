@@ -15,7 +15,7 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -101,8 +101,8 @@ class Node:
     autocast: dict[str, Any] = field(default_factory=dict)
     random: rng.States | None = None
 
-    def call(self, x: Tensor, side: list[Tensor], *, first: bool = False) -> Tensor:
-        """F(x, *arguments) under the autocast of the forward pass."""
+    def call(self, x: Tensor, side: list[Tensor], *, first: bool = False, plus: float | None = None) -> Tensor:
+        """F(x, *arguments), with `plus` = alpha F + alpha x, under the autocast of the forward pass."""
         arguments = list(self.arguments)
         for position, tensor in zip(self.tensor_at, side, strict=True):
             arguments[position] = tensor
@@ -110,7 +110,7 @@ class Node:
         version = version_of(x)
         with self.surroundings(first=first):
             if self.chunks is not None:
-                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored, beside=side)
+                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored, beside=side, plus=plus)
             else:
                 # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
                 f = self.branch(x.view_as(x).to(self.dtype), *args, **named)
@@ -121,17 +121,37 @@ class Node:
             )
         if version_of(x) != version:
             raise ValueError(f"branch {self.name} changes its input in place; use an out-of-place operation there")
-        return f
+        return torch.add(f, x, alpha=plus) if plus and self.chunks is None else f
 
-    def run(self, x: Tensor, side: list[Tensor], needs: Sequence[bool]) -> Tensor:
-        """F for the first time. Where it is recorded, with gradients as in the recomputation, since other kernels may
-        be chosen without; the graph is dropped at once, and whoever caught a tensor of it gets an error (`_caught`).
+    @contextmanager
+    def first_run(self, ctx: Any, x: Tensor, needs: tuple[bool, ...]) -> Iterator[None]:
+        """Around the first run of the branch: what its recomputation has to have again is noted, and the node put into
+        ctx, if it is recorded.
+        """
+        device = x.device.type
+        if torch.amp.is_autocast_available(device):  # off is restored too: backward may be called inside autocast
+            self.autocast = {
+                "device_type": device,
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+            }
+        states, buffers = rng.record(x) if self.recording else {}, buffer_versions(self.branch.modules)
+        yield
+        refuse_changed_buffers(self.name, buffers)
+        if self.recording:
+            self.random, self.needs, ctx.node = rng.drawn(states, x), needs, self
+            self.remember()
+
+    def run(self, x: Tensor, side: list[Tensor], needs: Sequence[bool], *, plus: float | None = None) -> Tensor:
+        """F for the first time; with `plus` = alpha, F(x) + alpha x. Where it is recorded, with gradients as in the
+        recomputation, since other kernels may be chosen without; the graph is dropped at once, and whoever caught a
+        tensor of it gets an error (`_caught`).
         """
         if not self.recording:
-            return self.call(x.detach(), side)
+            return self.call(x.detach(), side, plus=plus)
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), needs, strict=True)]
-            return self.call(inputs[0], [t.view_as(t) for t in inputs[1:]], first=True).detach()
+            return self.call(inputs[0], [t.view_as(t) for t in inputs[1:]], first=True, plus=plus).detach()
 
     def recompute(self, x: Tensor, side: list[Tensor]) -> Recomputed:
         """What `run` computed, to be differentiated. Called without gradients."""
@@ -181,18 +201,17 @@ class Node:
         return grad_x, rest
 
     def differentiate_in_chunks(
-        self, x: Tensor, side: list[Tensor], grad: Tensor
-    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """F(x), and the gradients as from `differentiate`. Called without gradients."""
+        self, x: Tensor, side: list[Tensor], grad: Tensor, *, keep_f: bool = True
+    ) -> tuple[Any, Tensor | None, list[Tensor | None]]:
+        """F(x), if it is to be kept, and the gradients as from `differentiate`. Called without gradients."""
         assert self.chunks is not None
         self.refuse_changes()
         x, *side = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
         watch = functools.partial(refuse_foreign, name=self.name)
         kept, suspended = StatisticsKept(self.branch.modules), hooks_suspended(self.parameters)
         with torch.enable_grad(), rng.replay(self.random, x), kept, suspended:
-            return differentiate(
-                self.chunks, x, grad, self.dtype, self.alpha, self.parameters, self.surroundings, watch, side
-            )
+            own = (self.alpha, self.parameters, self.surroundings, watch, side)
+            return differentiate(self.chunks, x, grad, self.dtype, *own, keep_f=keep_f)
 
     def remember(self) -> None:
         """What must be the same when the branch is recomputed."""
@@ -228,7 +247,7 @@ class Node:
 
 
 class DualResidual(torch.autograd.Function):
-    """One branch of a dual-residual sequence: the repository's only autograd.Function.
+    """One branch of a dual-residual sequence.
 
     Inputs: node, x = x_{i-1}, previous = x_{i-2}, then for exact inversion n_{i-1}, n_{i-2} and grid (else None), then
     the tensors among the block's side arguments, then the branch's trainable parameters, so that their gradients reach
@@ -242,27 +261,13 @@ class DualResidual(torch.autograd.Function):
         side = list(tensors[: len(node.tensor_at)])
         own = side if node.own_side else []
         common, node.common_side = node.common_side, []
-        device = x.device.type
-        if torch.amp.is_autocast_available(device):  # off is restored too: backward may be called inside autocast
-            node.autocast = {
-                "device_type": device,
-                "dtype": torch.get_autocast_dtype(device),
-                "enabled": torch.is_autocast_enabled(device),
-            }
         ctx.set_materialize_grads(False)  # else the integer stream gets a gradient of zeros, as large as itself
-        states = rng.record(x) if node.recording else {}
-        buffers = buffer_versions(node.branch.modules)
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
-        if node.exact and node.index == 0:  # the caller's x is not on the grid yet
-            f, x = node.first(lambda on_grid: (node.run(on_grid, side, needs), on_grid), x.detach(), n, grid)
-        else:
-            f = node.run(x, side, needs)
-        refuse_changed_buffers(node.name, buffers)
-        if node.recording:
-            node.random = rng.drawn(states, x)
-            node.needs = needs
-            node.remember()
-            ctx.node = node
+        with node.first_run(ctx, x, needs):
+            if node.exact and node.index == 0:  # the caller's x is not on the grid yet
+                f, x = node.first(lambda on_grid: (node.run(on_grid, side, needs), on_grid), x.detach(), n, grid)
+            else:
+                f = node.run(x, side, needs)
         if not node.exact:
             check = coupling.sketch(f) if node.recording and node.coarse is not None else None
             following = coupling.step(f, x, previous, node.alpha, float(node.beta))

@@ -9,6 +9,8 @@
     reversible, dr2net   converted; coefficients (0, 1), and those of the setting
     ..., chunks          the same with `chunk_mib` and `recompute_rest` (common/README.md, "Memory floor")
 
+"checkpointed, chunks" is the strongest rival that changes no function: it, too, never holds a branch as a whole.
+
 Nothing is computed but by `calibrate`. Not here: how bytes are counted (`memory.py`), the command line (`cli.py`).
 """
 
@@ -31,8 +33,11 @@ from dr2net.memory import Memory, measure, predict
 from dr2net.options import Options
 from dr2net.styles import STYLES
 
-METHODS = ("conventional", "checkpointed", "lora", "reversible", "dr2net", "reversible, chunks", "dr2net, chunks")
-INVERTS = ("reversible", "dr2net")
+METHODS = (
+    *("conventional", "checkpointed", "checkpointed, chunks", "lora"),
+    *("reversible", "dr2net", "reversible, chunks", "dr2net, chunks"),
+)
+IN_CHUNKS_TOO = ("checkpointed", "reversible", "dr2net")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
@@ -70,8 +75,9 @@ def apply(model: nn.Module, method: str, setting: Setting) -> None:
 
     ValueError if it has no block to convert or checkpoint; ImportError naming the extra without peft.
     """
-    if method == "checkpointed":
-        dr2net.checkpoint_blocks(model)
+    if method.startswith("checkpointed"):
+        own = setting.options if method.endswith(", chunks") else Options()
+        dr2net.checkpoint_blocks(model, chunk_mib=own.chunk_mib, recompute_rest=own.recompute_rest)
     elif method == "lora":
         _add_lora(model)
     elif method != "conventional":
@@ -216,7 +222,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Mapping[str, Curve]]], title: s
             axes.annotate(f"{gb} GB", (1, budget), (2, 0), **label_at, va="center", fontsize=8, color="#666666")
         for method, curve in curves.items():
             name, chunks = method.removesuffix(", chunks"), method.endswith(", chunks")
-            style, line = STYLES[name], "--" if name in INVERTS and not chunks else "-"
+            style, line = STYLES[name], "--" if name in IN_CHUNKS_TOO and not chunks else "-"
             sizes, peaks = zip(*((size, num_bytes / 2**30) for size, num_bytes in curve), strict=True)
             size = 6 if method.startswith("reversible") else 4  # dr2net often lies on it
             entries[method] = axes.plot(

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
+from dr2net.checkpointed import Checkpointed
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.foreign import refuse_arguments, refuse_sharded
@@ -121,10 +122,12 @@ class Pass:
             # on it, and losses, act as in the plain model. The value is the stream's: the difference is exact.
             self.x = x.to(self.x.dtype) + (self.x - x.to(self.x.dtype)).detach()
         for branch in self.branches[self.expected]:
+            if self.sequence.checkpointed:  # as in the plain network the sum has the dtype that adding gives it
+                self.dtype = self.x.dtype
             self._advance(branch, f"{name}.{branch.name}", args, named)
             self.sequence.ran += 1
         self.expected += 1
-        output = self.x.to(self.dtype)
+        output = self.x if self.sequence.checkpointed else self.x.to(self.dtype)
         self.version = version_of(output)
         self.ended = self.expected == self.end
         if self.ended:
@@ -140,7 +143,7 @@ class Pass:
         self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
-        self.x = self.previous = x if x.dtype == torch.float64 else x.float()
+        self.x = self.previous = x if sequence.checkpointed or x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
         self.exact, self.largest, self.rows = sequence.inversion == "exact", 0, Rows()
         self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
@@ -149,7 +152,7 @@ class Pass:
         self.every = self.length
         # An error of the streams within the tolerance changes F by about as much.
         self.coarse: float | None = min(max(5 * sequence.tolerance, COARSE), 10 * COARSE)
-        if self.beta == 0:
+        if sequence.checkpointed or self.beta == 0:
             self.every = 1
         elif sequence.inversion == "anchored":
             spacing = anchor_spacing(sequence.alpha, float(self.beta), computed_in, sequence.tolerance)
@@ -214,6 +217,8 @@ class Pass:
         )
         if self.sequence.store:
             result = self._stored(node, side)
+        elif self.sequence.checkpointed:
+            result = Checkpointed.apply(node, self.x, *side, *parameters)
         else:
             result = DualResidual.apply(
                 node, self.x, self.previous, self.n, self.n_previous, self.grid, *side, *parameters

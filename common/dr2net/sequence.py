@@ -45,15 +45,16 @@ class ReversibleSequence(nn.Module):
 
     container_type: type[nn.Module]  # the class that the container had
 
-    def _become(self, options: Options, place: str) -> None:
+    def _become(self, options: Options, place: str, checkpointed: bool) -> None:
         """What __init__ would set; the container exists already."""
+        self.checkpointed = checkpointed
         self.inversion = options.inversion
         self.anchor_every = options.anchor_every
         self.tolerance = options.tolerance
         self.store = options.store
         self.chunk_mib = options.chunk_mib
         self.place = place  # name in the model
-        self.coefficients = Coefficients()
+        self.coefficients = Coefficients(chosen=checkpointed)  # which stays at (1, 0)
         self.ran = 0
         self.computed_in = torch.float32
         self.plain = False
@@ -123,7 +124,14 @@ class ReversibleSequence(nn.Module):
         return self.coefficients.beta
 
     def set_coefficients(self, alpha: float, beta: float | Fraction) -> None:
-        """From the next forward pass on. Raises ValueError for what the inversion cannot do."""
+        """From the next forward pass on. Raises ValueError for what the inversion cannot do, and for other than (1, 0)
+        where blocks are checkpointed.
+        """
+        if self.checkpointed and (alpha, beta) != (1, 0):
+            raise ValueError(
+                f"{self.place} is checkpointed in chunks, which computes the plain network, alpha = 1 and beta = 0; "
+                f"for ({float(alpha):.4g}, {float(beta):.4g}) call dr2net.deconvert(model), then dr2net.convert(model)"
+            )
         if self.inversion == "exact":
             exact.rational(beta)
         if not abs(alpha) < float("inf") or not abs(float(beta)) < float("inf"):
@@ -135,10 +143,10 @@ class ReversibleSequence(nn.Module):
         return sum(len(find_branches(block)[0]) for block in blocks_of(self).values())
 
     def extra_repr(self) -> str:
-        return (
-            f"inversion={self.inversion!r}, (alpha, beta)={self.coefficients}, "
-            f"{self.ran} of {self.num_branches()} branches ran in the last pass"
-        )
+        how = f"inversion={self.inversion!r}, (alpha, beta)={self.coefficients}"
+        if self.checkpointed:
+            how = f"checkpointed in chunks of {self.chunk_mib:g} MiB"
+        return f"{how}, {self.ran} of {self.num_branches()} branches ran in the last pass"
 
     __repr__ = nn.Module.__repr__  # ModuleList's own leaves it out
 
@@ -164,14 +172,17 @@ class ReversibleSequence(nn.Module):
 
 STATE: tuple[str, ...] = ("ran", "computed_in")  # in the last pass
 STATE += ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
+STATE += ("checkpointed",)  # inputs of branches are kept, not rebuilt: `dr2net.checkpoint_blocks` in chunks
 STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 
 
-def make_reversible(container: nn.Module, options: Options, place: str) -> ReversibleSequence:
+def make_reversible(
+    container: nn.Module, options: Options, place: str, *, checkpointed: bool = False
+) -> ReversibleSequence:
     """Give `container` the class of a sequence, in place, and its blocks the forward that takes part in its passes."""
     sequence: Any = container
     sequence.__class__ = _class_for(type(container))
-    sequence._become(options, place)
+    sequence._become(options, place, checkpointed)
     return sequence
 
 

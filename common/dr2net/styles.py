@@ -19,6 +19,7 @@ STYLES = {
     "conventional": Style("conventional", "#000000", "o"),
     "frozen": Style("frozen backbone", "#56B4E9", "s"),
     "checkpointed": Style("checkpointed", "#E69F00", "^"),
+    "checkpointed_chunks": Style("checkpointed, in chunks", "#A66F00", "<"),
     "lora": Style("LoRA", "#CC79A7", "v"),
     "reversible": Style("hard reversible", "#D55E00", "D"),
     "dr2net_dynamic": Style("Dr2Net, dynamic (the paper's schedule)", "#0072B2", "P"),

@@ -11,7 +11,9 @@ from typing import Annotated, Literal, get_args
 from dr2net import Options, Schedule
 from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
 
-Method = Literal["conventional", "frozen", "checkpointed", "reversible", "dr2net_dynamic", "dr2net"]
+Method = Literal[
+    "conventional", "frozen", "checkpointed", "checkpointed_chunks", "reversible", "dr2net_dynamic", "dr2net"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 # alpha and beta of the methods that have them, unless a row says otherwise
 SCHEDULES: dict[Method, Schedule] = {
@@ -39,7 +41,7 @@ class Data(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Finetuning(Settings):
     """How the pretrained backbone is finetuned. The schedule, the options and the gradient check concern the methods
-    that invert: reversible, dr2net_dynamic and dr2net.
+    that invert: reversible, dr2net_dynamic and dr2net; of the options checkpointed_chunks has the chunks.
     """
 
     method: Method = "dr2net"
@@ -56,6 +58,8 @@ class Finetuning(Settings):
             object.__setattr__(self, "schedule", own)  # so that a config says what it does
         if own is None and self.schedule is not None:
             raise ValueError(f"--finetuning.schedule: the method {self.method} has no coefficients to move")
+        if self.method == "checkpointed_chunks" and self.options.chunk_mib is None:
+            raise ValueError("--finetuning.options.chunk-mib: the method checkpointed_chunks needs a size, such as 64")
         if self.method == "reversible" and self.schedule != own:
             raise ValueError("--finetuning.schedule: the method reversible stays at (0, 1); choose dr2net for others")
 

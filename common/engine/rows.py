@@ -37,12 +37,13 @@ SEEDS: dict[Preset, tuple[int, ...]] = {"tiny": (0,), "laptop": (0, 1), "paper":
 def rows_of(*families: Callable[[Method], C], **variants: Callable[[], C]) -> dict[str, Callable[[], C]]:
     """Rows by name: `<family>_<method>` for each family and method, and variants under their own names.
 
-    A family is a function of the method; its Config gets the row's name. ValueError, when the row is built, for a
+    A family is a function of the method; its Config gets the row's name. A family whose branches run whole has no row
+    of the method checkpointed_chunks. ValueError, when the row is built, for a
     family that ignores its method; at once for two rows of one name.
     """
     rows: dict[str, Callable[[], C]] = {}
     for family in families:
-        for method in METHODS:
+        for method in methods_of(family):
             name = f"{family.__name__}_{method}"
             if name in rows:
                 raise ValueError(f"two rows are named {name}")
@@ -52,6 +53,12 @@ def rows_of(*families: Callable[[Method], C], **variants: Callable[[], C]) -> di
             raise ValueError(f"two rows are named {name}")
         rows[name] = partial(_named, name, build, None)
     return rows
+
+
+def methods_of(family: Callable[[Method], Config]) -> list[Method]:
+    """The methods that a family has rows of."""
+    chunks = family("dr2net").finetuning.options.chunk_mib
+    return [method for method in METHODS if method != "checkpointed_chunks" or chunks is not None]
 
 
 def _named(name: str, build: Callable[[], C], method: Method | None) -> C:

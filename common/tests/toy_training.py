@@ -27,7 +27,7 @@ def toy_config(output: Path, changes: dict[str, Any] | None = None) -> Config:
     """The toy row with changes such as {"finetuning": {"method": "dr2net"}, "run": {"seed": 1}}."""
     changes = dict(changes or {})
     finetuning = dict(changes.pop("finetuning", {}))
-    config = toy_vit(finetuning.pop("method", "conventional"))
+    config = toy_vit("conventional")
     if isinstance(finetuning.get("schedule"), dict):  # from JSON
         schedule = finetuning["schedule"]
         finetuning["schedule"] = Schedule(**{k: tuple(v) if isinstance(v, list) else v for k, v in schedule.items()})

@@ -1,11 +1,12 @@
 """The ways to finetune, as the engine applies them to `model.backbone`; and the gradient check of those that invert.
 
-    conventional      nothing is changed
-    frozen            the backbone does not train; batch norm and dropout rest, no graph is kept for it
-    checkpointed      torch.utils.checkpoint around each block
-    reversible        alpha 0, beta 1 from the start ("hard" reversible finetuning)
-    dr2net_dynamic    alpha and beta move, as in the paper, from near the pretrained network to where inversion is easy
-    dr2net            alpha and beta stay near the pretrained network, which only exact inversion can do
+    conventional         nothing is changed
+    frozen               the backbone does not train; batch norm and dropout rest, no graph is kept for it
+    checkpointed         torch.utils.checkpoint around each block
+    checkpointed_chunks  the input of each branch is kept, and it is recomputed in chunks: the strongest rival
+    reversible           alpha 0, beta 1 from the start ("hard" reversible finetuning)
+    dr2net_dynamic       alpha and beta move, as in the paper, from near the pretrained network to easy inversion
+    dr2net               alpha and beta stay near the pretrained network, which only exact inversion can do
 
 All but frozen also act on the parts of the model that `finetuning.also` names: on their blocks, or, of a part that says
 how by itself (`engine.task.Recomputed`), by recomputing it wherever blocks are recomputed. Not here: the mathematics
@@ -44,6 +45,9 @@ def apply_method(model: Model, finetuning: Finetuning) -> None:
                 part.recompute(finetuning.options.chunk_mib)
         elif finetuning.method == "checkpointed":
             dr2net.checkpoint_blocks(part)
+        elif finetuning.method == "checkpointed_chunks":
+            chunks = finetuning.options.chunk_mib
+            dr2net.checkpoint_blocks(part, chunk_mib=chunks, recompute_rest=finetuning.options.recompute_rest)
         elif inverts(finetuning):
             try:
                 dr2net.convert(part, finetuning.options)

@@ -5,63 +5,16 @@ import functools
 
 import pytest
 import torch
-from model_zoo import FAMILIES, run
-from torch import Tensor, nn
+from model_zoo import FAMILIES
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from toy_blocks import WIDTH, ToyBlock, build_input, build_net, converted, gradients, relative
+from toy_blocks import WIDTH, ToyBlock, build_input, converted, gradients, relative
+from toy_tokens import CHUNK_MIB, HAVE_DROPOUT, TRANSFORMERS, TokenBlock, step, token_net
 
 import dr2net
 from dr2net import chunks, memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:float inversion")
-
-CHUNK_MIB = 0.01  # a window, or about ten tokens, of the models in the zoo
-TRANSFORMERS = [
-    *("vit", "vit_with_layer_scale_and_drop_path", "timm_swin", "swin", "swin_v2", "swin3d"),
-    *("huggingface_vit", "videomae"),
-]
-HAVE_DROPOUT = ("huggingface_vit", "videomae")
-
-
-class TokenBlock(nn.Module):
-    """x + mlp(x) with dropout and drop path. x: (B, N, WIDTH)."""
-
-    def __init__(self, dropout: float = 0.0, norm: type[nn.Module] = nn.LayerNorm) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = norm(WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
-        self.dropout, self.drop_path = nn.Dropout(dropout), ToyDropPath()
-
-    def f(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(torch.tanh(self.up(self.norm(x)))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.f(x))
-
-
-class ToyDropPath(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype) if self.training else x
-
-
-@dr2net.branches_of.register
-def _(block: TokenBlock):
-    modules = (block.norm, block.up, block.down)
-    return (dr2net.Branch("mlp", block.f, modules, drop_path=block.drop_path, independent="tokens"),)
-
-
-def token_net(num_blocks: int = 3, **options: object) -> nn.Module:
-    net = build_net(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net.blocks = nn.ModuleList([TokenBlock(**options) for _ in range(num_blocks)]).double()
-    return net
-
-
-def step(net: nn.Module, x: Tensor) -> Tensor:
-    torch.manual_seed(3)
-    outputs = run(net, x)
-    outputs.square().sum().backward()
-    return outputs.detach()
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

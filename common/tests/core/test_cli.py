@@ -83,7 +83,10 @@ def test_plan_says_which_methods_a_model_does_not_allow(factory: str, capsys) ->
     printed = plan(capsys, f"--model {factory}:convolution --input 1x3x8x8")
     assert list(table(printed.split("omitted")[0], "method")) == ["conventional"]
     reason = "(nothing in Sequential can be made reversible)"
-    assert f"checkpointed, reversible, dr2net, reversible, chunks, dr2net, chunks {reason}" in printed
+    assert (
+        f"checkpointed, checkpointed, chunks, reversible, dr2net, reversible, chunks, dr2net, chunks {reason}"
+        in printed
+    )
 
 
 def test_plan_gives_zero_where_not_even_one_fits(factory: str, capsys) -> None:

@@ -142,7 +142,8 @@ def test_accumulation_does_not_change_the_result(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_a_record(tmp_path, method):
-    config = toy_config(tmp_path, {"finetuning": {"method": method}, "optimization": {"epochs": 2}})
+    options = Options(tolerance=1e-2, chunk_mib=0.01 if method == "checkpointed_chunks" else None)
+    config = toy_config(tmp_path, {"finetuning": {"method": method, "options": options}, "optimization": {"epochs": 2}})
     record = train(config)
     assert record.curve[-1]["loss"] < record.curve[0]["loss"]
     assert record.metrics["num_samples"] == 13
@@ -189,13 +190,18 @@ def test_chunks_and_recomputation_of_the_rest_reach_the_conversion():
         assert ("forward" in vars(model.backbone.norm)) == options.recompute_rest
 
 
+def test_chunks_without_a_size_are_refused():
+    with pytest.raises(ValueError, match=r"--finetuning.options.chunk-mib: .* needs a size"):
+        Finetuning(method="checkpointed_chunks")
+
+
 def test_a_method_acts_on_other_parts_of_the_model_too():
     for method in METHODS:
         model = Toy()
         model.encoder = Toy().backbone
-        apply_method(model, Finetuning(method=method, also=("encoder",)))
+        apply_method(model, Finetuning(method=method, also=("encoder",), options=Options(chunk_mib=1)))
         converted = [isinstance(part.blocks, dr2net.ReversibleSequence) for part in (model.backbone, model.encoder)]
-        assert converted == [method in SCHEDULES] * 2
+        assert converted == [method in (*SCHEDULES, "checkpointed_chunks")] * 2
         assert all(parameter.requires_grad for parameter in model.encoder.parameters())
     with pytest.raises(ValueError, match="has no part 'decoder'"):
         apply_method(model, Finetuning(method="conventional", also=("decoder",)))

@@ -10,7 +10,7 @@ from toy_task.data import WIDTH
 from toy_task.model import Backbone, Toy
 from toy_training import toy_config, train
 
-from dr2net import memory
+from dr2net import Options, memory
 from engine import task
 from engine.config import METHODS, Finetuning, Optimization
 from engine.records import record as results
@@ -24,7 +24,12 @@ ONE_FORWARD = {"micro_batch": 8}  # the global batch
 
 def config_of(folder: Path, method: str, in_backward: bool = True, **run: int) -> Any:
     recipe = {"in_backward": in_backward, "clip_norm": None, "layer_decay": 0.5, "epochs": 2}
-    changes = {"finetuning": {"method": method}, "optimization": recipe, "run": {**ONE_FORWARD, **run}}
+    options = Options(tolerance=1e-2, chunk_mib=0.01 if method == "checkpointed_chunks" else None)
+    changes = {
+        "finetuning": {"method": method, "options": options},
+        "optimization": recipe,
+        "run": {**ONE_FORWARD, **run},
+    }
     return toy_config(folder, changes)
 
 

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from toy_training import toy_config
 
+from dr2net.options import Options
 from dr2net.styles import STYLES
 from engine.config import METHODS
 from engine.records import provenance, tables
@@ -21,7 +22,9 @@ MIB = 2**20
 
 
 def make_record(tmp_path: Path, method: str = "dr2net", seed: int = 0, accuracy: float = 80.0) -> Record:
-    config = toy_config(tmp_path / "runs", {"finetuning": {"method": method}, "run": {"seed": seed}})
+    options = Options(tolerance=1e-2, chunk_mib=1 if method == "checkpointed_chunks" else None)
+    changes = {"finetuning": {"method": method, "options": options}, "run": {"seed": seed}}
+    config = toy_config(tmp_path / "runs", changes)
     peak = {"conventional": 5000, "frozen": 300, "checkpointed": 1200, "reversible": 900}.get(method, 930) * MIB
     return results.build_record(
         config,
@@ -127,11 +130,11 @@ def test_variants_of_a_method_stand_behind_the_methods_and_outside_the_figure(tm
     results.publish([replace(record, row=name) for name in names], folder)
     records = results.read_records("toy_task", folder)
     lines = tables.group_lines(records)["toy_vit"]
-    assert lines[:6] == plain and [line.row for line in lines[6:]] == names
-    assert [line.setting for line in lines[5:]] == ["", "constant_1_64", "float"]
+    assert lines[: len(METHODS)] == plain and [line.row for line in lines[len(METHODS) :]] == names
+    assert [line.setting for line in lines[len(METHODS) - 1 :]] == ["", "constant_1_64", "float"]
     tables.draw("toy_vit", lines, tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
-    assert not tables.has_figure([plain[0], *lines[6:]])
+    assert not tables.has_figure([plain[0], *lines[len(METHODS) :]])
     text = io.StringIO()
     tables.print_table(records, Console(file=text, width=120))
     assert "\n  dr2net_constant_1_64  " in text.getvalue() and "toy_vit_dr2net" not in text.getvalue()
