@@ -28,7 +28,10 @@ from typing import Any
 from engine.files import write_text
 from scripts.check_memory import RETURN_FREED_MEMORY
 
-METHODS = ("conventional", "checkpointed", "reversible", "reversible, chunks", "dr2net, chunks")
+METHODS = (
+    *("conventional", "checkpointed", "checkpointed, chunks", "reversible"),
+    *("reversible, chunks", "dr2net, chunks"),
+)
 DEFAULT = ("conventional", "checkpointed", "dr2net, chunks")
 CHUNK_MIB = 32
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", **RETURN_FREED_MEMORY}

@@ -46,6 +46,7 @@ FULL = [method for method in METHODS if method != "lora"]  # which trains someth
 VIT_CASES = (  # name, inversion, alpha, beta, MiB of a chunk
     ("conventional", None, 1, 0, None),
     ("checkpointed", None, 1, 0, None),
+    ("checkpointed, chunks", None, 1, 0, 128),
     ("reversible, float", "float", 0, 1, None),
     ("reversible, exact", "exact", 0, 1, None),
     ("reversible, exact, chunks", "exact", 0, 1, 128),
@@ -86,8 +87,8 @@ def vit() -> Rows:
             if inversion is not None:
                 dr2net.convert(model, inversion=inversion, chunk_mib=chunk_mib)
                 dr2net.set_coefficients(model, alpha, beta)
-            elif name == "checkpointed":
-                dr2net.checkpoint_blocks(model)
+            elif name.startswith("checkpointed"):
+                dr2net.checkpoint_blocks(model, chunk_mib=chunk_mib)
 
             def step(model: nn.Module = model) -> None:
                 planner.loss_of(model, torch.randn(16, 16, 3, 224, 224), "fp32").backward()

@@ -50,6 +50,10 @@ VIT = (
 )
 SWIN3D = (
     *PLAIN,
+    *(
+        Case(f"checkpointed, chunks of {chunk_mib} MiB, rest recomputed", chunk_mib=chunk_mib, recompute_rest=True)
+        for chunk_mib in (64, 256)
+    ),
     Case("exact (7/8, 1/8), whole branches", "exact", 7 / 8, 1 / 8),
     *(
         Case(f"exact {name}, chunks of {chunk_mib} MiB, rest recomputed", "exact", alpha, beta, chunk_mib, True)
@@ -69,8 +73,8 @@ def build_models(plain: nn.Module, cases: tuple[Case, ...]) -> dict[str, nn.Modu
                 model, inversion=case.inversion, chunk_mib=case.chunk_mib, recompute_rest=case.recompute_rest
             )
             dr2net.set_coefficients(model, case.alpha, case.beta)
-        elif case.name == "checkpointed":
-            dr2net.checkpoint_blocks(model)
+        elif case.name.startswith("checkpointed"):
+            dr2net.checkpoint_blocks(model, chunk_mib=case.chunk_mib, recompute_rest=case.recompute_rest)
     return models
 
 
