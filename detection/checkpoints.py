@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 CLASS_LAYERS = re.compile(r"head\.(class_embed\.\d+|transformer\.enc_out_class_embed|label_enc)\.")
+QUERIES = "head.transformer.tgt_embed.weight"  # a row per query
 Rule = tuple[str, str]  # regular expression and what replaces it
 ENCODER_COPY = ("class_embed", "bbox_embed")
 
@@ -103,6 +104,9 @@ def load_file(model: "Detector", path: Path, config: Config) -> tuple[str, ...]:
         for key, value in own.items()
         if CLASS_LAYERS.match(key) and key in state and _differs_in_rows(state[key], value)
     ]
+    if QUERIES in state and _differs_in_rows(state[QUERIES], own[QUERIES]):
+        number = len(state[QUERIES])
+        raise ValueError(f"{source}: has {number} queries, the row {len(own[QUERIES])}: give --model.queries {number}")
     refuse_other_kinds(own, state, source)
     load_tensors(model, {**state, **{key: own[key] for key in fresh}}, source)
     _say(source, kind, fresh)
@@ -214,7 +218,7 @@ def _of_coco(value: torch.Tensor) -> torch.Tensor:
 
 
 def _differs_in_rows(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Whether a class layer has another number of classes, and nothing else is other."""
+    """Whether there is another number of classes or queries, and nothing else is other."""
     return theirs.dim() == ours.dim() and theirs.shape[1:] == ours.shape[1:] and len(theirs) != len(ours)
 
 

@@ -197,6 +197,13 @@ def test_a_file_of_more_levels_names_the_flag(tmp_path: Path) -> None:
         load_file(build_model(config_of(extra_levels=1)), tmp_path / "four.pth", config_of(extra_levels=1))
 
 
+def test_a_file_of_another_number_of_queries_names_the_flag(tmp_path: Path) -> None:
+    write_tensors(random_detector(config_of()).state_dict(), tmp_path / "twenty.safetensors")
+    with pytest.raises(ValueError, match=r"has 20 queries, the row 30: give --model.queries 20") as error:
+        load_file(build_model(config_of(queries=30)), tmp_path / "twenty.safetensors", config_of(queries=30))
+    assert "classes" not in str(error.value)
+
+
 def test_other_classes_leave_the_class_layers_fresh_and_say_which(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
