@@ -270,8 +270,8 @@ Input {"x".join(map(str, net["input"]))}; plain takes {statistics.median(plain["
 One training step, float32, AdamW, random weights. Made by `python -m scripts.compare_peers` (commit
 {record["commit"]}), whose docstring says how; {record["device"]}. The times are processor seconds of one thread, taken
 in turns in one process and given as ratios to plain finetuning in the same round; at the start the machine's load
-average was {record["load"]:.1f} on {record["processors"]} processors{beside}. Of it the step's: the peak without weights and
-optimizer state. Torch {record["versions"]["torch"]}; {packages}.
+average was {record["load"]:.1f} on {record["processors"]} processors{beside}. Of it the step's:
+without weights and optimizer state. Torch {record["versions"]["torch"]}; {packages}.
 
 {chr(10).join(parts)}"""
 

@@ -5,7 +5,6 @@ import json
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -116,8 +115,3 @@ def test_the_page_has_every_peer_or_the_reason_why_not(monkeypatch, tmp_path, re
     text = (tmp_path / "peers.md").read_text()
     assert text == page(record) and "Left out: memcnn (memcnn is not installed" in text
     assert all(f"| {name} |" in text for name in net["rows"])
-
-
-def test_the_committed_page_is_that_of_the_committed_record() -> None:
-    results = Path(compare_peers.__file__).parents[1] / "results"
-    assert (results / "peers.md").read_text() == page(json.loads((results / "peers.json").read_text()))
