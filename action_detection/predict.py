@@ -142,7 +142,7 @@ def draw_timeline(
     heights = [strip, *(0.3 * max(len(own), 1) + 0.12 for own in lanes)]
     figure = Figure(figsize=(width, sum(heights) + 0.75 + 0.25 * len(panels)), dpi=130, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", parse_math=False)  # a name may hold $
     times = (np.arange(num_frames) + 0.5) * info.seconds / num_frames
     indices = np.searchsorted(info.timestamps, times, side="right") - 1
     for index, middle in zip(indices, times, strict=True):  # one by one: frames of a film do not fit into memory

@@ -84,9 +84,10 @@ def classify(config: Config, model: Model, xyz: np.ndarray, rgb: np.ndarray | No
         logits = predict_voxels(model, room, config, on_seen=advance).astype(np.float64)
     share = np.exp(logits - logits.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
+    best, sure = share.argmax(axis=1), share.max(axis=1)
     label, confidence = np.empty(len(xyz), np.int64), np.empty(len(xyz), np.float32)
     for piece, nearest in project(xyz - low, small.xyz):
-        label[piece], confidence[piece] = share[nearest].argmax(axis=1), share[nearest].max(axis=1)
+        label[piece], confidence[piece] = best[nearest], sure[nearest]
     return label, confidence
 
 

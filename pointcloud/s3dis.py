@@ -232,7 +232,8 @@ def voxelize(xyz: np.ndarray, size: float, rng: np.random.Generator) -> np.ndarr
 
     ValueError where the points reach so far that cubes cannot be numbered: are these meters?
     """
-    cells = np.floor(np.asarray(xyz, np.float64) / size)
+    cells = np.divide(xyz, size, dtype=np.float64)
+    np.floor(cells, out=cells)
     low = cells.min(axis=0)
     extent = cells.max(axis=0) - low + 1
     if not (extent < 2**20).all():

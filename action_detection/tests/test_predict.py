@@ -200,7 +200,7 @@ def test_pictures_take_any_number_of_classes_and_long_names(world, tmp_path, num
     actions = [Action(name, 0.3 * k, 0.3 * k + 2, 1 / (k + 1)) for k, name in enumerate(names)]
     colors = colors_of(actions)
     assert list(colors) == names[: module.MAX_LANES]
-    draw_timeline(tmp_path / "t.png", clip, info, actions, None, colors, title="clip.mp4")
+    draw_timeline(tmp_path / "t.png", clip, info, actions, None, colors, title="clip $x_{1$.mp4")  # no formula
     draw_timeline(tmp_path / "t.png", clip, info, actions, actions[:1], colors, title="clip.mp4")
     shown = [action for action in actions if action.label in colors]
     for image in (draw_captions(shown, colors, 1.0, 480), draw_overview(shown, colors, info.seconds, 480)):

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,9 +302,9 @@ def test_neither_a_files_name_nor_an_offset_changes_a_label(tmp_path):
     torch.manual_seed(0)
     model = build_model(config, pretrained=False).eval()
     xyz = np.round(points(300)[0] * 64) / 64  # with an offset they are still exact
-    for k, name in enumerate(("a.npy", "b $x_1$ 中.npy")):
+    for k, name in enumerate(("a.npy", "b $x_{1$ 中.npy")):  # what between $ is no formula was an error of the picture
         predict.predict(config, model, Asked(write(tmp_path / name, xyz + k * 4096.0), tmp_path / "out"))
-    one, two = (clouds.read_header(tmp_path / "out" / f"{name}_classes.ply") for name in ("a", "b $x_1$ 中"))
+    one, two = (clouds.read_header(tmp_path / "out" / f"{name}_classes.ply") for name in ("a", "b $x_{1$ 中"))
     assert one.num_points == two.num_points == 300
     labels = [predict.classify(config, model, xyz + offset, None)[0] for offset in (0.0, 4096.0)]
     assert np.array_equal(*labels)
@@ -316,6 +317,36 @@ def test_fewer_points_than_a_crop_and_equal_ones_are_labeled(tmp_path, count):
     for xyz in (points(count)[0], np.zeros((count * 50, 3))):
         label, confidence = predict.classify(config, model, xyz, None)
         assert len(label) == len(xyz) and np.isfinite(confidence).all()
+
+
+class Floor(torch.nn.Module):
+    """Says floor of every point, at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        logits = torch.zeros(*batch["position"].shape[:2], len(CLASSES)) + self.bias
+        logits[..., CLASSES.index("floor")] += 1
+        return {"logits": logits}
+
+
+def test_a_large_cloud_takes_its_arrays_and_little_more(tmp_path):
+    # a point has 24 bytes of coordinates, and at most five arrays as large while it is numbered; a building of 20
+    # million points thus fits into 3 GB, whatever its crops are
+    count = 400_000
+    xyz = np.random.default_rng(0).random((count, 3)) * [20, 20, 2.5]
+    config = tiny_config(tmp_path, num_points=1024, voxel=0.5)
+    tracemalloc.start()
+    try:
+        with torch.no_grad():
+            label, _ = predict.classify(config, Floor(), xyz, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (label == CLASSES.index("floor")).all()
+    assert peak < 150 * count
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, monkeypatch):
