@@ -52,8 +52,10 @@ def write_files(
     return True
 
 
-def prepare_files(root: Path, count: int, what: str, write: Callable[[Callable[[], None]], bool]) -> None:
+def prepare_files(root: Path, count: int, what: str, write: Callable[[Callable[..., None]], bool]) -> None:
     """write(advance) with a progress bar, then one line: how many, written now or complete already."""
     with progress_bar(f"writing {root}", count) as advance:
         written = write(advance)
+        if not written:
+            advance(count)  # not a bar that stands at 0 above a line that says complete
     print(f"{root}: {count} {what}, {'written' if written else 'complete already'}")
