@@ -40,8 +40,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
 
 @contextlib.contextmanager
 def short_warnings() -> Iterator[None]:
-    """What this repository warns of is for users: one line, without the place in the program and its source there."""
-    usual = warnings.formatwarning
+    """What this repository warns of is for users: one line, without the place in the program and its source there, and
+    once, as where annotations are read for training, evaluation and truth.
+    """
+    usual, show = warnings.formatwarning, warnings.showwarning
+    told: set[str] = set()
 
     def short(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
@@ -50,11 +53,17 @@ def short_warnings() -> Iterator[None]:
             return usual(message, category, filename, lineno, line)
         return f"warning: {' '.join(str(message).split())}\n"
 
-    warnings.formatwarning = short
+    def once(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning and str(message) in told:
+            return
+        told.add(str(message))
+        show(message, category, *place, **more)
+
+    warnings.formatwarning, warnings.showwarning = short, once
     try:
         yield
     finally:
-        warnings.formatwarning = usual
+        warnings.formatwarning, warnings.showwarning = usual, show
 
 
 def _flush() -> None:

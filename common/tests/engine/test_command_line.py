@@ -32,3 +32,18 @@ def test_a_name_that_is_no_text_does_not_end_a_command(monkeypatch):
         run_command(lambda words: print(b"b\xff.jpg".decode("utf-8", "surrogateescape"), "and after it"))
     assert not stop.value.code
     assert raw.getvalue() == b"b\\udcff.jpg and after it\n"
+
+
+def test_a_warning_is_told_once_in_a_run_whatever_resets_the_filters(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    told: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: told.append(str(message)))
+
+    def main(words: list[str]) -> None:
+        for text in ("odd", "odd", "other"):
+            warnings.simplefilter("always")  # as numpy and torch do on their way, after which Python has forgotten
+            warnings.warn(text, stacklevel=1)
+
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        run_command(main)
+    assert told == ["odd", "other"]
