@@ -11,6 +11,7 @@ files of others. Truth: {"images": [{"id", "height", "width"}], "annotations": [
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ def write_proposals(path: Path, found: Mapping[str, tuple[Sequence[Runs], Sequen
 def read_samples(truth: Path, proposals: Path) -> list[Sample]:
     """What `metric.score_samples` takes, in the order of the truth's file.
 
-    Raises FileNotFoundError, or ValueError naming file, entry and remedy: not JSON or of another form, an image without
-    or with two true masks, an image that the truth does not list, run lengths that are no mask of their size.
+    A warning names images without proposals. Raises FileNotFoundError, or ValueError naming file, entry and remedy: not
+    JSON or of another form, an image without or with two true masks, an image that the truth does not list, run lengths
+    that are no mask of their size.
     """
     truths = read_truth_file(truth)
     found: dict[Name, tuple[list[Runs], list[float]]] = {name: ([], []) for name in truths}
@@ -77,6 +79,10 @@ def read_samples(truth: Path, proposals: Path) -> list[Sample]:
             raise ValueError(f"{where}: a mask of {runs['size']} pixels, the truth has {truths[name]['size']}")
         found[name][0].append(runs)
         found[name][1].append(float(score))
+    if lacking := [str(name) for name, (masks, _) in found.items() if not masks]:
+        some = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        text = f"{len(lacking)} of {len(truths)} images have no predictions and count as missed: {some}"
+        warnings.warn(f"{proposals}: {text}", stacklevel=2)
     return [Sample(truth=truths[name], masks=masks, scores=np.array(scores)) for name, (masks, scores) in found.items()]
 
 

@@ -36,7 +36,7 @@ from vos.configs import REFYTVOS, ROWS, SMALL_WEIGHTS, Config
 from vos.data import sample_name
 from vos.masks import read_index
 from vos.metric import Runs, Sample, decode_mask, encode_masks, iou_of, score_samples
-from vos.submission import Expressions, Key, MaskFiles, Reader, score_masks, write_submission
+from vos.submission import Expressions, Key, MaskFiles, Reader, score_masks, warn_of_more, write_submission
 
 SEED = 0  # of the random query
 
@@ -296,9 +296,11 @@ def score_files(words: list[str]) -> None:
                 clips = read_annotations(replace(REFYTVOS, root=files.ground_truth), "test").clips
                 if not any(clip.instance for clip in clips):
                     raise ValueError(f"{files.ground_truth}: no expression of valid has true masks to compare with")
+                warn_of_more(found.expressions, {_key(clip): clip.names for clip in clips})
                 metrics = score_clips(found.read, [clip for clip in clips if clip.instance])
             else:
                 with MaskFiles(files.ground_truth) as truth:
+                    warn_of_more(found.expressions, truth.expressions)
                     metrics = score_masks(found.read, truth.read, truth.expressions)
     for name, value in metrics.items():
         print(f"{name} {value:.2f}")

@@ -12,15 +12,17 @@ there are (`annotations.py`).
 
 import io
 import stat
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from engine.data.workers import tracked
 from engine.files import appearing, irregular
@@ -93,7 +95,7 @@ class MaskFiles:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; {REMEDY}")
         if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in sorted(path.glob("*/*/*/*.png"))]
+            names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*.png"))]
         elif problem := irregular(path.stat().st_mode):
             raise ValueError(f"{path}: {problem}; give a zip or a folder")
         else:
@@ -102,18 +104,23 @@ class MaskFiles:
             except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
                 raise ValueError(f"{path}: is neither a folder nor a zip ({error}); {REMEDY}") from None
             names = sorted(name for name in self.archive.namelist() if name.endswith(".png"))
+            if twice := [name for name, next_one in pairwise(names) if name == next_one]:
+                self.close()
+                raise ValueError(f"{path}: {_some(twice)}: is in it twice; which one is meant? Write the zip again")
         expressions: dict[Key, list[str]] = {}
         others = []
         for name in names:
-            top, *key, file = name.split("/")
-            if top == FOLDER and len(key) == 2:
-                expressions.setdefault((key[0], key[1]), []).append(file.removesuffix(".png"))
+            parts = name.split("/")
+            if len(parts) == 4 and parts[0] == FOLDER and not {"", ".", ".."} & {*parts}:
+                expressions.setdefault((parts[1], parts[2]), []).append(parts[3].removesuffix(".png"))
             else:
                 others.append(name)
         if not expressions:
             self.close()
             have = f"it has {_some(others)}" if others else "it has none"
             raise ValueError(f"{path}: no masks below {FOLDER}; {have}; {REMEDY}")
+        if others:
+            warnings.warn(f"{path}: {len(others)} pictures are not used: {_some(others)}; {REMEDY}", stacklevel=2)
         self.expressions: Expressions = expressions
 
     def read(self, key: Key, frame: str) -> np.ndarray:
@@ -159,6 +166,8 @@ def read_indices(content: bytes, where: str) -> np.ndarray:
             return np.asarray(image)
     except BrokenMask:
         raise
+    except UnidentifiedImageError:  # whose message is about an object in memory
+        raise BrokenMask(f"{where}: is no picture, it does not begin as a PNG does") from None
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise BrokenMask(f"{where}: is no picture ({error})") from None
 
@@ -178,6 +187,15 @@ def score_masks(found: Reader, truth: Reader, wanted: Expressions) -> dict[str, 
     )
     region, accuracy = 100 * float(np.mean(regions)), 100 * float(np.mean(accuracies))
     return {"J&F": (region + accuracy) / 2, "J": region, "F": accuracy}
+
+
+def warn_of_more(found: Expressions, wanted: Expressions) -> None:
+    """A warning that names expressions which nobody asked for: they may be of another split."""
+    if more := sorted(found.keys() - wanted.keys()):
+        some = _some([_named(key) for key in more])
+        warnings.warn(
+            f"{len(more)} expressions of the predictions have no truth and are not scored: {some}", stacklevel=2
+        )
 
 
 def _of_expression(found: Reader, truth: Reader, key: Key, frames: Sequence[str]) -> tuple[float, float]:

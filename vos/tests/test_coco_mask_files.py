@@ -78,6 +78,13 @@ def test_proposals_that_are_no_masks_are_one_line(tmp_path, edit, said):
         read_samples(truth, found)
 
 
+def test_images_without_predictions_are_told_and_count_as_missed(tmp_path):
+    truth, found = written(tmp_path)
+    change(found, lambda c: [c.remove(one) for one in [*c] if one["image_id"] == "b 2 1"])
+    with pytest.warns(UserWarning, match="1 of 2 images have no predictions and count as missed: b 2 1"):
+        assert [len(sample["masks"]) for sample in read_samples(truth, found)][1] == 0
+
+
 @pytest.mark.parametrize(
     "edit, said",
     [

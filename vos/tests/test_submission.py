@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from vos.metric import encode_masks
-from vos.submission import BrokenMask, Key, MaskFiles, as_png, check_found, read_indices, score_masks, write_submission
+from vos.submission import (
+    BrokenMask,
+    Key,
+    MaskFiles,
+    as_png,
+    check_found,
+    read_indices,
+    score_masks,
+    warn_of_more,
+    write_submission,
+)
 
 SIZE = (40, 60)  # not square: a transposed mask would show
 FRAMES = {
@@ -106,6 +116,40 @@ def test_a_folder_of_another_name_is_told_with_what_it_has(tmp_path):
         MaskFiles(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")
 
 
+def test_pictures_elsewhere_are_told_and_one_that_is_there_twice_is_refused(tmp_path):
+    mask = as_png(np.ones(SIZE, bool))
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        for name in (
+            "Annotations/v/0/00000.png",
+            "top.png",
+            "back\\slash.png",
+            "Annotations/../0/1.png",
+            "../../x.png",
+        ):
+            archive.writestr(name, mask)
+    with pytest.warns(UserWarning, match=r"more.zip: 4 pictures are not used: .*, top.png; want Annotations/<"):
+        assert MaskFiles(tmp_path / "more.zip").expressions == {("v", "0"): ["00000"]}
+    with zipfile.ZipFile(tmp_path / "top.zip", "w") as archive:
+        archive.writestr("top.png", mask)
+    with pytest.raises(ValueError, match=r"top.zip: no masks below Annotations; it has top.png; want"):
+        MaskFiles(tmp_path / "top.zip")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        archive.writestr("Annotations/v/0/00000.png", mask)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("Annotations/v/0/00000.png", mask)
+    with pytest.raises(ValueError, match=r"twice.zip: Annotations/v/0/00000.png: is in it twice"):
+        MaskFiles(tmp_path / "twice.zip")
+    (tmp_path / "v" / "0").mkdir(parents=True)
+    (tmp_path / "v" / "0" / "00000.png").write_bytes(mask)
+    with pytest.raises(ValueError, match=r"no masks below Annotations; it has 0/00000.png; want"):
+        MaskFiles(tmp_path / "v")
+
+
+def test_expressions_of_another_split_are_told():
+    with pytest.warns(UserWarning, match=r"1 expressions of the predictions have no truth .*: video b, expression 0"):
+        warn_of_more({("a", "0"): ["1"], ("b", "0"): ["1"]}, {("a", "0"): ["1"], ("c", "0"): ["1"]})
+
+
 def test_a_missing_frame_and_a_mask_of_another_size_name_the_frame(tmp_path):
     masks = {key: masks_of(key) for key in FRAMES}
     truth, ours = write_folder(tmp_path / "truth", masks), write_folder(tmp_path / "ours", masks)
@@ -130,5 +174,6 @@ def test_masks_are_read_by_index_never_by_color(tmp_path):
         read_indices((tmp_path / "rgb.png").read_bytes(), "rgb")
     whole = as_png(np.ones((300, 300), bool))
     for broken in (b"", b"no picture", whole[: len(whole) // 2]):
-        with pytest.raises(BrokenMask, match="file: is no picture"):
+        with pytest.raises(BrokenMask, match="file: is no picture") as caught:
             read_indices(broken, "file")
+        assert "object at 0x" not in str(caught.value)
