@@ -3,12 +3,11 @@
     pip install --no-deps memcnn==1.5.2 revtorch==0.2.4    # once; rows whose package is missing are named as left out
     nice -n 5 python -m scripts.compare_peers [--nets vit_s swin3d_t] [--rounds 5]
 
-A step is forward, backward and AdamW on a random batch, float32, one CPU thread. The peers take turns, in another order
-in each round; a ratio is to plain finetuning in the same round, of the processor's seconds, and the table has their
-median and range. Memory is what torch's CPU allocator had handed out at the most, as its profiler reports it (for plain
-finetuning `dr2net.memory.measure` counts the same bytes; it does not see memcnn empty a storage). Offloading is that of
-`torch.autograd.graph.save_on_cpu`, which on a CPU would move nothing: here the same hooks copy to memory outside torch
-and back. Writes results/peers.json, and from it alone results/peers.md. Not here: GPUs (`check_gpu.py`), accuracy.
+Forward, backward and AdamW on a random batch, float32, one CPU thread. The peers take turns, in another order in each
+round; a ratio is of processor seconds to plain finetuning in the same round. Memory is what torch's CPU allocator had
+handed out at the most, by its profiler (`dr2net.memory` counts the same, but does not see memcnn empty a storage).
+`torch.autograd.graph.save_on_cpu` would move nothing on a CPU: its hooks here copy to memory outside torch and back.
+Writes results/peers.json, and from it alone results/peers.md. Not here: GPUs (`check_gpu.py`), accuracy.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 import dr2net
 from dr2net import planner
 from dr2net.branches import Branch, find_branches
-from engine.files import write_text
+from engine.files import read_json, write_text
 from engine.records.provenance import commit, device_name, versions
 
 PACKAGES = {"memcnn": "1.5.2", "revtorch": "0.2.4"}  # made for their interfaces
@@ -50,8 +49,6 @@ Stack = Callable[[list[tuple["Residual", "Residual"]]], nn.Module]
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to train the same pretrained blocks."""
-
     name: str
     prepare: Callable[[nn.Module], object]  # in place
     trains: str  # which network
@@ -76,7 +73,7 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
 
 
 class Residual(nn.Module):
-    """F of one branch, without its residual connection, as the modules that the other libraries want."""
+    """F of one branch, without its residual connection, as a module."""
 
     def __init__(self, branch: Branch) -> None:
         super().__init__()
@@ -102,7 +99,6 @@ class Coupled(nn.Module):
 
 
 def memcnn_stack(pairs: list[tuple[Residual, Residual]]) -> nn.Module:
-    """ImportError without the package, as the next."""
     memcnn = imported("memcnn")
     couplings = [memcnn.AdditiveCoupling(f, g, split_dim=0) for f, g in pairs]
     return nn.Sequential(*(memcnn.InvertibleModuleWrapper(coupling) for coupling in couplings))
@@ -131,7 +127,6 @@ def containers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def couple(model: nn.Module, stack: Stack) -> None:
-    """Run all containers of known blocks as `Coupled`."""
     for parent, name, container in containers(model):
         setattr(parent, name, Coupled(stack, container))
 
@@ -144,22 +139,26 @@ def checkpoint_every(model: nn.Module, every: int) -> None:
 
 
 def ours(model: nn.Module, **how: Any) -> None:
-    """Ours at the recommended coefficients."""
     dr2net.convert(model, **how)
     dr2net.set_coefficients(model, *OURS)
 
 
-SAME, AT = "the pretrained network", "the pretrained network's at (7/8, 1/8)"
-HARD = "a hard reversible network, far from the pretrained"
+SAME, AT, HARD = (
+    "the pretrained network",
+    "the same at (7/8, 1/8)",
+    "a hard reversible network, far from the pretrained",
+)
 FLOAT = "float inverse, unchecked; blocks of exactly two branches"
 RESEEDS = "dropout replayed only by reseeding the global generator; gradients as a side effect"
 BUS = "needs the host's memory; here the copies are a CPU's, on a GPU they go through its bus"
 LORA = "low-rank additions to linear layers", "activations stay; beside torchvision's window attention it does nothing"
+EACH = "stores each branch's input; no plain checkpointing: our chunks without reversibility"
 EVERY_FEW = "as whole branches; gradient to a tolerance; both streams stored every few branches"
 PEERS = (
     Peer("plain", nn.Module.train, SAME, "stores everything"),
     Peer("checkpoint, every block", lambda m: checkpoint_every(m, 1), SAME, "stores each block's input"),
     Peer("checkpoint, every second block", lambda m: checkpoint_every(m, 2), SAME, "half is stored"),
+    Peer(f"checkpoint, chunks of {CHUNK_MIB} MiB", lambda m: dr2net.checkpoint_blocks(m, **CHUNKS), SAME, EACH),
     Peer("save_on_cpu", nn.Module.train, SAME, BUS, offloads=True),
     Peer("memcnn", lambda m: couple(m, memcnn_stack), HARD, f"{FLOAT}; empties its input; no torch.autograd.grad"),
     Peer("RevTorch", lambda m: couple(m, revtorch_stack), HARD, f"{FLOAT}; {RESEEDS}"),
@@ -180,9 +179,8 @@ def swin3d_t() -> Net:
     from torchvision.models.video import swin3d_t as build
 
     model = build()
-    for module in model.modules():  # drop path, which RevTorch would draw anew
-        if type(module).__name__ == "StochasticDepth":
-            module.p = 0.0
+    for module in (m for m in model.modules() if type(m).__name__ == "StochasticDepth"):
+        module.p = 0.0  # RevTorch would draw anew
     return "Video Swin-T (torchvision), 16 frames, no drop path", model, (2, 3, 16, 112, 112)
 
 
@@ -201,13 +199,13 @@ def allocator_peak(step: Step) -> int:
     return peak
 
 
-def compare(net: str, rounds: int) -> dict[str, Any]:
-    """All peers on one net: one row each, and what was left out with the reason."""
+def compare(net: str, peers: Iterable[Peer], rounds: int) -> dict[str, Any]:
+    """The peers on one net: one row each, and what was left out with the reason."""
     torch.manual_seed(0)
     title, plain, shape = NETS[net]()
     steps: dict[str, Step] = {}
     rows, omitted = {}, {}
-    for peer in PEERS:
+    for peer in peers:
         model = copy.deepcopy(plain).train()
         try:
             peer.prepare(model)
@@ -222,15 +220,14 @@ def compare(net: str, rounds: int) -> dict[str, Any]:
                 step()
             return getattr(around, "bytes", 0)
 
-        host = turn()  # loads kernels, makes the optimizer's state
+        host = turn()  # makes the optimizer's state, too
         tensors = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
         standing = sum(t.numel() * t.element_size() for t in tensors)
         peak, steps[peer.name] = standing + allocator_peak(turn), turn
         rows[peer.name] = {"peak": peak, "standing": standing, "host": host, "seconds": []}
         print(f"{net}: {peer.name}: {peak / 2**20:.1f} MiB", flush=True)
-    names = list(steps)
     for index in range(rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        for name in [*steps][index % len(steps) :] + [*steps][: index % len(steps)]:
             started = time.process_time()
             steps[name]()
             rows[name]["seconds"].append(time.process_time() - started)
@@ -238,7 +235,6 @@ def compare(net: str, rounds: int) -> dict[str, Any]:
 
 
 def line_of(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
-    """One row of the table."""
     peer = next(peer for peer in PEERS if peer.name == name)
     ratios = [a / b for a, b in zip(row["seconds"], plain["seconds"], strict=True)]
     cells = [name, f"{row['peak'] / 2**20:.0f}", f"{(row['peak'] - row['standing']) / 2**20:.0f}"]
@@ -253,48 +249,52 @@ def page(record: dict[str, Any]) -> str:
     for net in record["nets"]:
         plain = net["rows"]["plain"]
         rows = "\n".join(line_of(name, row, plain) for name, row in net["rows"].items())
-        left_out = "".join(f"\nLeft out: {name} ({reason}).\n" for name, reason in net["omitted"].items())
+        reasons = {peer.name: "not in this run" for peer in PEERS if peer.name not in net["rows"]} | net["omitted"]
+        left_out = "".join(f"\nLeft out: {name} ({reason}).\n" for name, reason in reasons.items())
         parts.append(f"""## {net["title"]}
 
 Input {"x".join(map(str, net["input"]))}; plain takes {statistics.median(plain["seconds"]):.2f} s, the median of
-{len(plain["seconds"])} rounds.
+{len(plain["seconds"])} rounds. {net.get("run", "")}
 
 | | peak MiB | of it the step's | peak / plain | GiB on the host | time / plain | range | trains | limits |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 {left_out}""")
-    beside = ", so other work ran beside it" if record["load"] > 1.5 else ""
     packages = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     return f"""# Ours beside other ways to save activations
 
-One training step, float32, AdamW, random weights. Made by `python -m scripts.compare_peers` (commit
-{record["commit"]}), whose docstring says how; {record["device"]}. The times are processor seconds of one thread, taken
-in turns in one process and given as ratios to plain finetuning in the same round; at the start the machine's load
-average was {record["load"]:.1f} on {record["processors"]} processors{beside}. Of it the step's:
-without weights and optimizer state. Torch {record["versions"]["torch"]}; {packages}.
+One training step, float32, AdamW, random weights. Made by `python -m scripts.compare_peers`, whose docstring says how;
+{record["device"]}. The times are processor seconds of one thread, taken in turns in one process beside other work and
+given as ratios to plain finetuning in the same round. {run_of(record)} Of it the step's: without weights and optimizer
+state. Torch {record["versions"]["torch"]}; {packages}.
 
 {chr(10).join(parts)}"""
 
 
+def run_of(record: dict[str, Any]) -> str:
+    load = f"{record['load']:.1f} on {record['processors']} processors"
+    return f"Commit {record['commit']}; the machine's load average was {load} at the start."
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS], help="beside plain; else all")
+    parser.add_argument("--add", action="store_true", help="keep the runs that are there")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")  # of the libraries beside ours, and about the precision of the inverse
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     present = [name for name in (*PACKAGES, "peft") if list(importlib.metadata.distributions(name=name))]
-    record = {
-        "commit": commit(),
-        "device": device_name(torch.device("cpu")),
-        "processors": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": versions(),
-        "peers": {name: importlib.metadata.version(name) for name in present},
-        "nets": [compare(net, options.rounds) for net in options.nets],
-    }
+    facts = {"commit": commit(), "processors": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions()}
+    facts |= {"device": device_name(torch.device("cpu")), "peers": {n: importlib.metadata.version(n) for n in present}}
+    chosen = [peer for peer in PEERS if not options.peers or peer.name in ("plain", *options.peers)]
+    nets = [compare(net, chosen, options.rounds) for net in options.nets]
+    record: dict[str, Any] = {**facts, "nets": nets}
+    if options.add:
+        record = read_json(options.output / "peers.json", "leave out --add")
+        record["nets"] += [{**net, "run": f"A run of its own. {run_of(facts)}"} for net in nets]
     write_text(options.output / "peers.json", json.dumps(record, indent=1) + "\n")
     write_text(options.output / "peers.md", page(record))
     print(options.output / "peers.md")

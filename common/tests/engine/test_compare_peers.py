@@ -115,3 +115,13 @@ def test_the_page_has_every_peer_or_the_reason_why_not(monkeypatch, tmp_path, re
     text = (tmp_path / "peers.md").read_text()
     assert text == page(record) and "Left out: memcnn (memcnn is not installed" in text
     assert all(f"| {name} |" in text for name in net["rows"])
+    words = ["--nets", "vit_s", "--rounds", "1", "--output", str(tmp_path), "--add", "--peers", "ours, anchored"]
+    compare_peers.main(words)
+    added = json.loads((tmp_path / "peers.json").read_text())
+    assert added["nets"][0] == net and list(added["nets"][1]["rows"]) == ["plain", "ours, anchored"]
+    text = (tmp_path / "peers.md").read_text()
+    assert (
+        text == page(added)
+        and "A run of its own. Commit" in text
+        and "checkpoint, every block (not in this run)" in text
+    )
