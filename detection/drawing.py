@@ -27,7 +27,7 @@ class Box(NamedTuple):
     """A detection, in pixels of the picture."""
 
     label: int  # index into the classes
-    score: float
+    score: float | None  # None: of an annotation
     x: float
     y: float
     width: float
@@ -51,7 +51,7 @@ def draw_boxes(image: np.ndarray, boxes: Sequence[Box], names: Sequence[str], wi
     drawn: list[tuple[Corners, tuple[int, int, int], str, Corners | None]] = []
     for box in boxes:
         corners = _inside(box, across, down, width, height)
-        text = f"{shorten(names[box.label])} {box.score:.0%}"
+        text = shorten(names[box.label]) + ("" if box.score is None else f" {box.score:.0%}")
         text_width = draw.textlength(text, font=font) + 2 * MARGIN
         left = max(min(corners[0], width - text_width), 0.0)
         within, below = corners[1], corners[3]

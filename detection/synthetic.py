@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detection.drawing import Box, draw_boxes
 from detection.objects import CLASSES
 from detection.scenes import Scene, compose
 from engine.data.workers import write_json
 from engine.files import publish
 from engine.synthetic.sprites import Group
 from engine.synthetic.write import write_files
-from engine.visual import TABLEAU, resized, save_stack
+from engine.visual import save_stack
 
 VERSION = 1  # raise it when a change of the scenes changes the files
 SPLITS: dict[str, Group] = {"train2017": "train", "val2017": "validation"}
@@ -36,6 +37,7 @@ ODDITIES = {
 }
 ORIENTATION, QUARTER = 0x0112, 6  # EXIF: to be shown, turn the stored picture by a quarter, clockwise
 QUALITY = 92  # of the JPEG files
+SHEET_ZOOM, SHEET_TITLE, SHEET_GAP = 2, 14, 8  # of the contact sheet: times the pictures' size, and pixels
 PAST = 7.0  # pixels beyond the border
 
 
@@ -122,25 +124,22 @@ def draw(synthetic: Synthetic, split: str, number: int) -> Drawn:
 
 
 def write_contact_sheet(path: Path, synthetic: Synthetic, *, rows: int = 6, columns: int = 6) -> None:
-    """A PNG with the first pictures of validation, their boxes and the names of the classes."""
-    names = {CLASSES.index(name): name for name in CATEGORIES.values()}
-    width, height = int(1.2 * synthetic.width), int(1.2 * synthetic.height)
+    """A PNG with the first pictures of validation, their boxes and the names of the classes, above what is odd."""
+    labels, names = [CLASSES.index(name) for name in CATEGORIES.values()], list(CATEGORIES.values())
+    width, height = (round(1.2 * SHEET_ZOOM * side) + SHEET_GAP for side in (synthetic.width, synthetic.height))
     tiles = []
     for number in range(min(rows * columns, synthetic.num_validation)):
         drawn = draw(synthetic, "val2017", number)
-        picture = Image.fromarray(drawn.scene.image)
-        pen = ImageDraw.Draw(picture)
-        for (x0, y0, x1, y1), label in zip(drawn.scene.boxes, drawn.scene.labels.tolist(), strict=True):
-            color = TABLEAU[list(names).index(label)]
-            pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=color)
-            pen.text((x0 + 1, y1), names[label], fill=color)
-        pen.text((2, 2), drawn.oddity, fill=(255, 255, 255))
-        tile = Image.new("RGB", (width, height), (255, 255, 255))
-        tile.paste(picture)
+        things = zip(drawn.scene.boxes.tolist(), drawn.scene.labels.tolist(), strict=True)
+        boxes = [Box(labels.index(label), None, x0, y0, x1 - x0, y1 - y0) for (x0, y0, x1, y1), label in things]
+        sides = (SHEET_ZOOM * drawn.scene.image.shape[1], SHEET_ZOOM * drawn.scene.image.shape[0])
+        tile = Image.new("RGB", (width, height + SHEET_TITLE), (255, 255, 255))
+        ImageDraw.Draw(tile).text((2, 2), drawn.oddity, fill=(20, 20, 20))
+        tile.paste(draw_boxes(drawn.scene.image, boxes, names, *sides), (0, SHEET_TITLE))
         tiles.append(np.asarray(tile))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     lines = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    save_stack(path, [resized(line, line.shape[1]) for line in lines])
+    save_stack(path, [Image.fromarray(line) for line in lines])
 
 
 def _image_id(split: str, number: int) -> int:

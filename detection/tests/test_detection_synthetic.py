@@ -268,7 +268,7 @@ def test_the_sheets_show_pictures_with_boxes(tmp_path):
     write_sheet(tmp_path / "scenes.png", SCENES[:5], columns=2)
     assert Image.open(tmp_path / "scenes.png").size == (512, 768)
     synthetic.write_contact_sheet(tmp_path / "tiny.png", SMALL, columns=4)
-    assert Image.open(tmp_path / "tiny.png").size == (4 * 192, 2 * 153)
+    assert Image.open(tmp_path / "tiny.png").size == (4 * 392, 2 * (14 + 315))  # twice the pictures' size, and gaps
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 3}, {"num_validation": 0}, {"height": 20}, {"width": 10}])

@@ -27,6 +27,13 @@ def blank(width: int = 400, height: int = 300) -> np.ndarray:
     return np.full((height, width, 3), 90, np.uint8)
 
 
+def test_a_box_of_an_annotation_has_no_score(monkeypatch):
+    said = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **how: said.append(text))
+    draw_boxes(blank(), [Box(0, None, 50, 50, 90, 90), Box(1, 0.5, 200, 50, 90, 90)], NAMES, 400, 300)
+    assert said == ["cat", "dog 50%"]
+
+
 def test_a_box_is_drawn_where_it_is_in_the_resized_picture():
     pixels = np.asarray(draw_boxes(blank(), [Box(0, 0.9, 100, 120, 50, 60)], NAMES, 800, 600))
     assert pixels.shape == (600, 800, 3)
