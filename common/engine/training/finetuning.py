@@ -113,6 +113,8 @@ def check_gradient(
     Above `finetuning.options.tolerance` it warns, or raises FloatingPointError if `stop_above_tolerance`.
     """
     set_mode(model, finetuning)
+    if "num_targets" in batch:  # a step divides by at least 1, too: these samples may have none
+        batch = {**batch, "num_targets": max(batch["num_targets"], 1.0)}
     found = dr2net.gradient_error(model, batch, _loss)
     error, grid = found.overall, "" if found.grid is None else f", cost of the grid {found.grid:.1e}"
     where = f"epoch {epoch}, alpha {state.alpha:g}, beta {state.beta:g}"
