@@ -73,9 +73,10 @@ class PointSegmenter(Model):
         tokens = self.token_scale(self.proj(features[-1]))
         num_samples = len(tokens)
         tokens = torch.cat([self.cls_token.expand(num_samples, -1, -1).to(tokens.dtype), tokens], dim=1)
-        # In the parameters' precision under autocast too: every block adds to its gradient, and a sum of bfloat16
-        # numbers loses digits and depends on their order.
-        place = self.pos_embed(positions[-1]).to(self.cls_pos.dtype)
+        # Not in bfloat16: every block adds to the gradient of a position, and a sum of bfloat16 numbers loses digits
+        # and depends on their order, which differs where activations are rebuilt.
+        with torch.autocast(positions[-1].device.type, enabled=False):
+            place = self.pos_embed(positions[-1])
         place = torch.cat([self.cls_pos.expand(num_samples, -1, -1), place], dim=1)
         tokens = self.norm(self.backbone(tokens, place))  # (B, 1 + N_last, D)
         return {"logits": self.decoder([*features[:-1], tokens[:, 1:]], tokens[:, 0], batch)}
