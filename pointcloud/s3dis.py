@@ -49,6 +49,12 @@ MAX_REPAIRS = 8  # cleared bits in a file; one with more is no text
 CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 REMEDY = "unpack it again from the official zip"
 AGAIN = "prepare the room again"
+COMPOSE = "write the rooms: python -m pointcloud.prepare --preset tiny (or laptop)"
+GET = {
+    "official": "get it with bash scripts/download_s3dis.sh {root}, or say where it is: --data.root FOLDER",
+    "composed": COMPOSE,
+    "any": "pointcloud/README.md, Data, shows the layouts",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def find_rooms(data: Data, areas: Iterable[int]) -> list[Room]:
         rooms = rooms_of_area(data, area)
         if not rooms:
             raise FileNotFoundError(
-                f"{data.root}: no rooms of Area_{area} in the layout {data.kind!r}; see python -m pointcloud.prepare"
+                f"{data.root}: no rooms of Area_{area} in the layout {data.kind!r}; "
+                + GET[data.rooms].format(root=data.root)
             )
         if problem := wrong_rooms(data, area, rooms):
             raise ValueError(
@@ -105,7 +112,7 @@ def expected_rooms(data: Data, area: int) -> set[str]:
     if data.rooms == "official":
         return {f"{kind}_{k}" for kind, count in AREA_5.items() for k in range(1, count + 1)} if area == 5 else set()
     if data.rooms == "composed":
-        stamp = read_json(data.root / STAMP, "write the rooms: python -m pointcloud.prepare --preset tiny (or laptop)")
+        stamp = read_json(data.root / STAMP, COMPOSE)
         return set(stamp["rooms"].get(f"Area_{area}", []))
     return set()
 
@@ -129,8 +136,10 @@ def rooms_of_area(data: Data, area: int) -> list[Room]:
 
 
 def is_aligned(root: Path) -> bool:
-    """Whether this is the aligned version, whose rooms cannot be put together to an area: the angles are missing."""
-    return not list(Path(root).glob("Area_*/Area_*_alignmentAngle.txt"))
+    """Whether this is the aligned version, whose rooms cannot be put together to an area: the angles are missing. A
+    folder without areas is no version at all.
+    """
+    return any(Path(root).glob("Area_*")) and not any(Path(root).glob("Area_*/Area_*_alignmentAngle.txt"))
 
 
 def read_points(path: Path, columns: int | None = 6, remedy: str = REMEDY) -> tuple[np.ndarray, list[str]]:

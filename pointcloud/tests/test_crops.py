@@ -61,6 +61,15 @@ def test_an_area_is_not_put_together_from_aligned_rooms_or_arrays(tmp_path):
         data.build_dataset(tiny_config(tmp_path, unit="area", kind="npy"), "train")
 
 
+@pytest.mark.parametrize(
+    "rooms, remedy", [("official", "download_s3dis.sh"), ("composed", "--preset tiny"), ("any", "README")]
+)
+def test_a_folder_without_rooms_says_how_to_get_them_and_is_no_aligned_version(tmp_path, rooms, remedy):
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=f"no rooms of Area_1 in the layout 's3dis'; .*{remedy}"):
+            data.build_dataset(tiny_config(root, unit="area", rooms=rooms), "train")
+
+
 def test_a_crop_with_too_few_points_is_filled_by_repeating_them(tmp_path):
     write_rooms(tmp_path, count=3)
     sample = data.build_dataset(tiny_config(tmp_path), "train")[(0, 0)]

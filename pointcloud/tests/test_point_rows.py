@@ -22,7 +22,9 @@ def test_a_row_is_named_after_itself_and_its_batch_divides(name):
 
 def test_methods_of_a_family_differ_in_the_method_only():
     for family in (name.removesuffix("_frozen") for name in ROWS if name.endswith("_frozen")):
-        configs = [find_row(ROWS, f"{family}_{method}") for method in METHODS]
+        names = [f"{family}_{method}" for method in METHODS]
+        configs = [find_row(ROWS, name) for name in names if name in ROWS]
+        assert len(configs) >= len(METHODS) - 1, "chunks are for rows that have a size for them"
         same = {repr(dataclasses.replace(c, row="", finetuning=configs[0].finetuning)) for c in configs}
         assert len(same) == 1, family
         assert len({(c.finetuning.options, c.finetuning.also) for c in configs}) == 1
