@@ -45,7 +45,7 @@ __all__ = [
 
 REMEDY = (
     "get it with scripts/download_coco.sh, mend it, or say where yours is: --data.root, --data.train-split and "
-    "--data.test-split (of prepare: --root, --train-split, --test-split)"
+    "--data.test-split (of other commands --root, of prepare also --train-split, --test-split)"
 )
 UNUSED = ("segmentation", "coco_url", "flickr_url", "date_captured")  # most of the file's size
 FORM = "want the form of COCO's instances_*.json"

@@ -20,7 +20,7 @@ from detection.annotations import Annotations, annotation_file, read_with_faults
 from detection.configs import COCO, ROWS, SHAPES, TREES, Data
 from detection.data import find_missing
 from detection.images import BrokenImage, is_turned_unseen, read_image
-from detection.pictures import Faults
+from detection.pictures import Faults, Picture
 from detection.synthetic import Synthetic, write_contact_sheet, write_dataset
 from engine import commands
 from engine.data.check import Check
@@ -103,6 +103,17 @@ def _check_split(data: Data, part: Literal["train", "test"], found: Check, argum
     without = [picture.path.name for picture in pictures if not len(picture.labels)]
     tell(found.notes, without, "empty", f"{name} pictures have no box, they are {use}")
     tell(found.notes, faults.changed, "changed", f"{name} boxes are dropped or clipped")
+    if faults.hint:
+        found.notes.append(f"{name}: {faults.hint}")
+    boxless = np.bincount(np.concatenate([p.labels for p in pictures]), minlength=len(annotations.categories)) == 0
+    tell(
+        found.notes,
+        [category.name for category, none in zip(annotations.categories, boxless, strict=True) if none],
+        "classes",
+        f"classes have no box in {name}, they cannot be {'learned' if part == 'train' else 'scored'}",
+    )
+    twice = [line for picture in pictures for line in _repeated(picture)]
+    tell(found.notes, twice, "twice", f"{name} boxes are there twice, of the same class: nothing can find both")
     tell(found.problems, faults.broken, "broken", f"{name} entries cannot be used")
     missing = find_missing(pictures)
     tell(found.problems, [str(p.path) for p in missing], "missing", f"of {len(pictures)} {name} pictures are missing")
@@ -120,6 +131,13 @@ def _check_split(data: Data, part: Literal["train", "test"], found: Check, argum
     if len(pictures) == len(missing) + len(damaged):
         found.empty.append(name)
     return annotations
+
+
+def _repeated(picture: Picture) -> list[str]:
+    """The boxes that stand in a picture more than once with the same class, in words."""
+    rows = np.concatenate([picture.labels[:, None], picture.boxes.round(1)], axis=1)
+    found, counts = np.unique(rows, axis=0, return_counts=True)
+    return [f"{picture.path.name}: {row[1:].tolist()}" for row, count in zip(found, counts, strict=True) if count > 1]
 
 
 def _look(job: tuple[str, tuple[int, int], bool]) -> tuple[str, bool]:

@@ -104,6 +104,16 @@ def test_odd_entries_are_problems_and_dropped_boxes_notes(tmp_path):
     assert found.failed("raise") and not found.failed("skip")
 
 
+def test_classes_without_a_box_and_boxes_that_are_there_twice_are_noted(tmp_path):
+    content = coco_of()
+    first = content["annotations"][0]  # a car in a.jpg
+    content["annotations"] = [first, {**first, "id": 9}, {**first, "id": 10, "bbox": [60, 30, 50, 40]}]
+    notes = "\n".join(check(write_coco(tmp_path / "odd", content).root).notes)
+    assert "1 classes have no box in train2017, they cannot be learned: cup" in notes
+    assert "1 classes have no box in val2017, they cannot be scored: cup" in notes
+    assert "1 train2017 boxes are there twice, of the same class: nothing can find both: a.jpg: [20.0, 30.0, " in notes
+
+
 def test_splits_with_other_classes_are_a_problem(root):
     file = root / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"cup"', '"glass"'))
