@@ -197,6 +197,8 @@ def _boxes(
             left, top = values[1] - w / 2, values[2] - h / 2
         if w < 0 or h < 0 or min(left, top) < -SLACK or max(left + w, top + h) > 1 + SLACK:
             what = "not shares of the picture (are they pixels?)"
+            if max(values[1:]) <= 1 and min(values[1:]) >= 0:
+                what = "which reaches far past the picture (are they corners, not center and size?)"
             faults.leave_out(f"{where} has {' '.join(words[1:5])[:60]}, {what}")
             continue
         given = (left * width, top * height, w * width, h * height)

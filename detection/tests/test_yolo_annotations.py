@@ -90,7 +90,8 @@ LINES = {
     "-1 0.5 0.5 0.2 0.2": "line 2 has the class -1",
     "0.5 0.5 0.5 0.2 0.2": "line 2 has the class 0.5",
     "1 80 60 50 40": r"line 2 has 80 60 50 40, not shares of the picture \(are they pixels\?\)",
-    "1 0.5 0.5 -0.2 0.2": "line 2 has 0.5 0.5 -0.2 0.2",
+    "1 0.5 0.5 -0.2 0.2": r"line 2 has 0.5 0.5 -0.2 0.2, not shares of the picture \(are they pixels\?\)",
+    "1 0.1 0.1 0.9 0.9": r"line 2 has 0.1 0.1 0.9 0.9, which reaches far past the picture \(are they corners",
     "1 " + "9" * 400 + " 0.5 0.2 0.2": "line 2 is not `class",
 }
 
