@@ -4,6 +4,7 @@ Two processes, each with half of a batch; the mean over both must be the gradien
 stored activations. On a CPU the two processes talk over gloo. Not here: more cards, or several machines.
 """
 
+import datetime
 import json
 import os
 import tempfile
@@ -24,6 +25,7 @@ from scripts.gpu_nets import build
 
 WORLD = 2
 BOUND = 1e-4  # float32: halves of a batch are summed in another order, and kernels for half a batch are others
+PATIENCE_SECONDS = 120  # for the other process
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
@@ -62,7 +64,11 @@ def work(rank: int, folder: str, device_type: str, small: bool) -> None:
         torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        BACKENDS[device_type], init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+        BACKENDS[device_type],
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=PATIENCE_SECONDS),
     )
     _, shape = build("ViT", small=small)
     batch = torch.randn(4, *shape[1:], generator=torch.Generator().manual_seed(1)).to(device)

@@ -151,6 +151,7 @@ def test_a_clip_that_is_refused_is_given_up_with_the_reason(monkeypatch, error: 
     why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "RuntimeError: index does not fit 32 bit"
     assert (found["planned"], found["trains"], found["refused"], found["why"]) == (32, 32, 48, why)
     assert gpu_costs.shown(found) == f"32; 48: {why}"
+    assert gpu_costs.shown(found | {"refused": None}) == "at least 32: the time was up"
     tried, refused = [], {1}
     found = gpu_costs.clip(small_card(), model, "conventional")
     assert not found["ok"] and found["problem"] == f"not even 16 frames train: {why}" == gpu_costs.shown(found)
