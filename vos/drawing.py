@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 
+FONT = "DejaVu Sans"
 OPACITY = 0.5  # of a mask's inside
 LINE = 24  # pixels of the legend for a sentence
 BAR = 90  # pixels for the bar of its score
@@ -114,10 +115,20 @@ def thumbnail_width(width: int, height: int, columns: int) -> int:
     return min(max(96, math.floor(1600 / columns)), max(width, 192), round(300 * width / height))
 
 
+def lacking_letters(sentences: Sequence[str]) -> str:
+    """The letters, each once, for which the pictures' font has boxes only, as those of Chinese and Japanese."""
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(findfont(FONT))
+    letters = dict.fromkeys("".join("".join(sentence.split()) for sentence in sentences))
+    return "".join(letter for letter in letters if not font.get_char_index(ord(letter)))
+
+
 @cache
 def font_of(size: int) -> "ImageFont.FreeTypeFont":
     """Matplotlib's DejaVu, which has Latin, Greek and Cyrillic letters; Pillow's own has Latin only."""
     from matplotlib.font_manager import findfont
     from PIL import ImageFont
 
-    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+    return ImageFont.truetype(findfont(FONT), size)

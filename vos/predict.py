@@ -13,6 +13,7 @@ has those alone. Not here: scores against annotations (evaluate.py).
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from engine.visual import annotated_copy, even_size, save_stack
 from vos.annotations import normalize_sentence
 from vos.configs import Config
 from vos.data import collate, sample_of_frames
-from vos.drawing import colors_of, draw_legend, draw_masks, draw_strip, spread, thumbnail_width
+from vos.drawing import colors_of, draw_legend, draw_masks, draw_strip, lacking_letters, spread, thumbnail_width
 from vos.head import Frames
 from vos.submission import as_png
 
@@ -70,6 +71,9 @@ def predict(config: Config, model: Model, arguments: Arguments) -> list[Path]:
     queries = [normalize_sentence(query) for query in arguments.query]
     if not queries or not all(queries):
         raise ValueError('say what to look for: --query "the red star", again for each further sentence')
+    if letters := lacking_letters(queries):
+        where = f"their masks are in {video.stem}_masks/<number>, as {video.stem}.json says"
+        warnings.warn(f"the font of the pictures has boxes for {letters[:20]!r}; {where}", stacklevel=2)
     info, copy = probe(video), annotated_copy(video, output)
     make_folder(output)
     indices = list(range(0, info.num_frames, arguments.every))

@@ -11,6 +11,7 @@ from vos.drawing import (
     draw_masks,
     draw_strip,
     enlarge,
+    lacking_letters,
     outline,
     spread,
     thumbnail_width,
@@ -67,6 +68,10 @@ def test_a_legend_has_a_line_per_sentence_and_shortens_what_does_not_fit():
 def test_colors_differ_and_repeat_after_ten():
     colors = colors_of(12)
     assert len(set(colors[:10])) == 10 and colors[10:] == colors[:2]
+
+
+def test_letters_that_the_font_lacks_are_known_each_once():
+    assert lacking_letters(["\u661f the star \u661f", "\u0437\u0432\u0435\u0437\u0434\u0430"]) == "\u661f"
 
 
 def test_a_strip_has_its_frames_below_a_title():

@@ -175,6 +175,12 @@ def test_sentences_in_other_scripts_or_of_many_words_have_a_folder(world, tmp_pa
     assert mask_folders(tmp_path / "m", ["a"]) == [tmp_path / "m" / "0_a"]
 
 
+def test_letters_that_the_pictures_cannot_show_are_told(world, tmp_path):
+    write_squares(tmp_path / "film.mp4", 4)
+    with pytest.warns(UserWarning, match="has boxes for '\u661f'; their masks are in film_masks/<number>"):
+        predict(*world, asked(tmp_path / "film.mp4", tmp_path / "out", "\u661f", "red"))
+
+
 def test_without_a_sentence_or_with_a_broken_video_there_is_one_line(world, tmp_path):
     write_squares(tmp_path / "film.mp4", 4)
     for queries in ((), ("red", " \n")):
