@@ -149,10 +149,13 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each known to the disk before anything in it is."""
+    """Make a folder and those above it, each known to the disk before anything in it is; NotADirectoryError."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"{folder}: is there already and is no folder; give another one") from None
         with contextlib.suppress(OSError):  # a folder may be for passing through only
             sync(folder.parent)
 

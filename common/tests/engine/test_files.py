@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.data.video import write_video
-from engine.files import appearing, read_csv, read_json, read_text
+from engine.files import appearing, make_folder, read_csv, read_json, read_text
 
 BAD = {
     "not JSON": (b"{", "cannot be read as JSON"),
@@ -50,11 +50,18 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
 def test_there_is_one_way_to_open_a_json_file():
     root = Path(__file__).parents[3]
     opened = re.compile(r"json\.loads?\([^\n]*(read_|open\()")
-    tops = ("common/engine", "scripts", "action_*", "detection", "pointcloud")
+    tops = ("common/engine", "scripts", "action_*", "detection", "pointcloud", "vos")
     files = [path for top in tops for path in root.glob(f"{top}/**/*.py")]
     found = [path.name for path in files if "tests" not in path.parts and opened.search(path.read_text())]
     # The campaign compares that reader with a plain parser.
     assert len(files) > 50 and found == ["mutate_files.py"]
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / "out").write_text("")
+    for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        with pytest.raises(NotADirectoryError, match="out: is there already and is no folder; give another one"):
+            make_folder(folder)
 
 
 def test_rows_of_commas_have_the_numbers_of_their_lines(tmp_path):
@@ -117,7 +124,7 @@ def test_whatever_is_written_for_users_goes_through_one_of_two_functions():
     direct = re.compile(
         r"\.write_text\(|\.savefig\((?!temporary)|\.save\((path|sheet)|write_tensors\([^\n]*, (path|arguments)"
     )
-    tops = ("common/engine", "scripts", "action_*", "detection", "pointcloud")
+    tops = ("common/engine", "scripts", "action_*", "detection", "pointcloud", "vos")
     files = [path for top in tops for path in root.glob(f"{top}/**/*.py")]
     files = [path for path in files if "tests" not in path.parts]
     # The writers themselves; a file cut in half on purpose.
