@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dr2net
+from engine.files import read_json, write_text
 from scripts.gpu_card import Card, Row, attempt, gradients, number, reason_of, relative
 from scripts.gpu_nets import build
 
@@ -81,7 +82,7 @@ def work(rank: int, folder: str, device_type: str, small: bool) -> None:
         except (RuntimeError, ValueError) as failure:
             found = {"ok": False, "problem": reason_of(failure)}
         if rank == 0:
-            (Path(folder) / f"{name}.json").write_text(json.dumps(found))
+            write_text(Path(folder) / f"{name}.json", json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -92,7 +93,7 @@ def run(card: Card) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         started = attempt(card, {}, lambda: _spawn(folder, card))
         files = {name: Path(folder) / f"{name}.json" for name in WAYS}
-        return [{"way": name, **(json.loads(f.read_text()) if f.exists() else started)} for name, f in files.items()]
+        return [{"way": name, **(read_json(f, "run it again") if f.exists() else started)} for name, f in files.items()]
 
 
 def _spawn(folder: str, card: Card) -> Row:
