@@ -29,6 +29,7 @@ from detection.pictures import (
     inside,
     is_clipped,
     number,
+    refuse_shares,
 )
 from engine.files import read_json
 
@@ -126,7 +127,7 @@ def _pictures(
     for item in tables["annotations"]:
         if (read := _box(item, images, known, places, seen, faults)) is not None:
             found.setdefault(read[0], []).append(read[1:])
-    _refuse_shares([row[1] for rows in found.values() for row in rows], faults)
+    refuse_shares([row[1] for rows in found.values() for row in rows], str(faults.file))
     faults.look_for_corners(len(tables["annotations"]))
     pictures = {}
     for image_id, (path, width, height) in images.items():
@@ -257,15 +258,6 @@ def _box(
         faults.leave_out(f"{name} has the area {area!r:.40}, not square pixels")
         return None
     return image_id, places[category_id], clipped, bool(crowd), float(size)
-
-
-def _refuse_shares(boxes: list[tuple[float, ...]], faults: Faults) -> None:
-    """ValueError where all boxes lie within the first pixel, as shares of the picture do."""
-    if boxes and all(x + width <= 1 and y + height <= 1 for x, y, width, height in boxes):
-        raise ValueError(
-            f"{faults.file}: all boxes are within one pixel, as {list(boxes[0])}; they seem to be shares "
-            "of the picture: multiply them with its width and height"
-        )
 
 
 def _is_id(value: Any) -> bool:

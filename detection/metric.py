@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detection.pictures import refuse_shares
 from detection.renumber import with_ids_of
 from engine.files import read_json
 
@@ -77,7 +78,9 @@ def evaluate_files(ground_truth: Path | str, predictions: Path | str, max_detect
     truth = read_ground_truth(Path(ground_truth))
     content = read_json(Path(predictions), REMEDY, without=UNUSED)
     content = with_ids_of(content, truth.files, truth.categories, str(predictions))
-    return evaluate_boxes(truth, check_predictions(content, truth, str(predictions)), max_detections)
+    checked = check_predictions(content, truth, str(predictions))
+    refuse_shares([one["bbox"] for one in checked], str(predictions))  # not of a run, whose network may have collapsed
+    return evaluate_boxes(truth, checked, max_detections)
 
 
 def evaluate_objects(ground_truth: Any, predictions: Any, max_detections: int = MAX_DETECTIONS) -> Metrics:
@@ -129,6 +132,7 @@ def check_ground_truth(content: Any, where: str) -> GroundTruth:
     _refuse_repeated([one["id"] for one in checked], f"{where}: annotation id")
     _refuse_unknown(checked, "image_id", set(image_ids), f"{where}: its annotations")
     _refuse_unknown(checked, "category_id", set(category_ids), f"{where}: its annotations")
+    refuse_shares([one["bbox"] for one in checked], where)
     _tell_what_was_odd(annotations, checked, where)
     named = zip(image_ids, (entry.get("file_name") for entry in images), strict=True)
     files = {number: name for number, name in named if isinstance(name, str)}
@@ -152,6 +156,7 @@ def check_predictions(content: Any, truth: GroundTruth, where: str) -> list[Pred
         )
     _refuse_unknown(checked, "image_id", set(truth.images), f"{where}: its predictions")
     _refuse_unknown(checked, "category_id", set(truth.categories), f"{where}: its predictions")
+    _tell_what_has_none(truth, checked, where)
     return checked
 
 
@@ -223,6 +228,17 @@ def _tell_what_was_odd(annotations: list[Any], checked: list[dict[str, Any]], wh
     ]
     if said:
         warnings.warn(f"{where}: of {len(checked)} annotations {'; '.join(said)}", stacklevel=4)
+
+
+def _tell_what_has_none(truth: GroundTruth, predictions: list[Prediction], where: str) -> None:
+    """A warning where most images with objects have no prediction: of a part of the data, all else counts as missed."""
+    objects = {one["image_id"] for one in truth.annotations if not one["iscrowd"]}
+    without = objects - {one["image_id"] for one in predictions}
+    if predictions and 2 * len(without) > len(objects):
+        text = (
+            f"{where}: {len(without)} of {len(objects)} images with objects have no prediction; all of these are missed"
+        )
+        warnings.warn(text, stacklevel=4)
 
 
 def _table(content: dict[str, Any], key: str, where: str) -> list[Any]:

@@ -8,6 +8,7 @@ Not here: reading the files (annotations.py, yolo.py), pixels (images.py).
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,16 @@ def inside(box: tuple[float, float, float, float], width: int, height: int) -> t
     right, bottom = min(box[0] + box[2], float(width)), min(box[1] + box[3], float(height))
     # a width of 1e-9 of a pixel is none in float32
     return (left, top, right - left, bottom - top) if min(right - left, bottom - top) > 1e-3 else None
+
+
+def refuse_shares(boxes: Sequence[Sequence[float]], where: str) -> None:
+    """ValueError where all boxes x, y, width, height lie within the first pixel, as shares of the picture do."""
+    within = all(x + width <= 1 and y + height <= 1 for x, y, width, height in boxes)
+    if within and any(value % 1 for box in boxes for value in box):
+        raise ValueError(
+            f"{where}: all boxes are within one pixel, as {list(boxes[0])}; they seem to be shares of the picture: "
+            "multiply them with its width and height"
+        )
 
 
 def is_clipped(box: tuple[float, ...], clipped: tuple[float, ...]) -> bool:

@@ -52,6 +52,7 @@ def train(
         config = parse_config(rows, [word for word in words if word != "--plan"])
         set_seed(config.run.seed)
         if "--plan" in words:
+            say(f"{config.row}: predicting the memory of a step, of a paper row in a minute or more")
             planned = model.build_model(config, pretrained=False)
             publish_plan(plan_row(config, planned, lambda: model.example_batch(config)), Path("results"))
             return

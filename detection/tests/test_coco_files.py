@@ -178,6 +178,26 @@ def test_a_byte_order_mark_is_not_content(files):
     assert evaluate_files(*files)["AP"] == ALL
 
 
+def test_shares_of_the_picture_are_no_boxes_of_either_file(files):
+    shares = [0.25, 0.25, 0.5, 0.5]
+    files[1].write_text(json.dumps(changed(FOUND, 0, "bbox", shares)))
+    with pytest.raises(ValueError, match=rf"{files[1].name}: all boxes are within one pixel, .* shares of the picture"):
+        evaluate_files(*files)
+    content = changed(changed(TRUTH, "annotations", 0, "bbox", shares), "annotations", 1, "bbox", shares)
+    with pytest.raises(ValueError, match="ground truth: all boxes are within one pixel"):
+        evaluate_objects(content, FOUND)
+    # a network may have collapsed into the corner; that is no reason to end its run
+    assert evaluate_objects(TRUTH, changed(FOUND, 0, "bbox", shares))["AP"] == 0
+
+
+def test_predictions_for_a_part_of_the_images_are_told():
+    content = changed(TRUTH, "annotations", 1, "iscrowd", 0)
+    content["images"].append({"id": 7})
+    content["annotations"].append({**content["annotations"][0], "id": 3, "image_id": 7})
+    with pytest.warns(UserWarning, match="2 of 3 images with objects have no prediction; all of these are missed"):
+        evaluate_objects(content, FOUND)
+
+
 def test_numbers_of_arrays_are_numbers():
     found = [{"image_id": np.int64(5), "category_id": np.int32(90), "score": np.float32(0.5)}]
     found[0]["bbox"] = list(np.array([0, 0, 10, 10], np.float32))
