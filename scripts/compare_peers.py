@@ -15,6 +15,7 @@ import copy
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import statistics
@@ -61,15 +62,12 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self) -> None:
         self.bytes = 0  # copied out so far; all of it is there when backward begins
-        super().__init__(self._pack, self._unpack)
+        super().__init__(self._pack, lambda host: torch.from_numpy(host).clone())
 
     def _pack(self, tensor: Tensor) -> np.ndarray:
         host = tensor.detach().numpy().copy("K")
         self.bytes += host.nbytes
         return host
-
-    def _unpack(self, host: np.ndarray) -> Tensor:
-        return torch.from_numpy(host).clone()
 
 
 class Residual(nn.Module):
@@ -191,12 +189,8 @@ def allocator_peak(step: Step) -> int:
     """The most bytes that torch's CPU allocator had handed out at once during `step`, beyond those at its start."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    events = profiler.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def compare(net: str, peers: Iterable[Peer], rounds: int) -> dict[str, Any]:
@@ -254,7 +248,7 @@ def page(record: dict[str, Any]) -> str:
         parts.append(f"""## {net["title"]}
 
 Input {"x".join(map(str, net["input"]))}; plain takes {statistics.median(plain["seconds"]):.2f} s, the median of
-{len(plain["seconds"])} rounds. {net.get("run", "")}
+{len(plain["seconds"])} rounds.{net.get("run", "")}
 
 | | peak MiB | of it the step's | peak / plain | GiB on the host | time / plain | range | trains | limits |
 |---|---|---|---|---|---|---|---|---|
@@ -265,8 +259,9 @@ Input {"x".join(map(str, net["input"]))}; plain takes {statistics.median(plain["
 
 One training step, float32, AdamW, random weights. Made by `python -m scripts.compare_peers`, whose docstring says how;
 {record["device"]}. The times are processor seconds of one thread, taken in turns in one process beside other work and
-given as ratios to plain finetuning in the same round. {run_of(record)} Of it the step's: without weights and optimizer
-state. Torch {record["versions"]["torch"]}; {packages}.
+given as ratios to plain finetuning in the same round. Of it the step's: without weights and optimizer state.
+{run_of(record)}
+Torch {record["versions"]["torch"]}; {packages}.
 
 {chr(10).join(parts)}"""
 
@@ -294,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     record: dict[str, Any] = {**facts, "nets": nets}
     if options.add:
         record = read_json(options.output / "peers.json", "leave out --add")
-        record["nets"] += [{**net, "run": f"A run of its own. {run_of(facts)}"} for net in nets]
+        record["nets"] += [{**net, "run": f" A run of its own. {run_of(facts)}"} for net in nets]
     write_text(options.output / "peers.json", json.dumps(record, indent=1) + "\n")
     write_text(options.output / "peers.md", page(record))
     print(options.output / "peers.md")

@@ -5,6 +5,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +126,8 @@ def test_the_page_has_every_peer_or_the_reason_why_not(monkeypatch, tmp_path, re
         and "A run of its own. Commit" in text
         and "checkpoint, every block (not in this run)" in text
     )
+
+
+def test_the_committed_page_is_that_of_the_committed_record() -> None:
+    results = Path(compare_peers.__file__).parents[1] / "results"
+    assert (results / "peers.md").read_text() == page(json.loads((results / "peers.json").read_text()))
