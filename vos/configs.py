@@ -18,6 +18,7 @@ from engine.config import Finetuning, Method, Optimization, Run
 from engine.rows import rows_of
 from engine.settings import Count, NotNegative, Range, Settings, Share
 
+REFERRING_WEIGHTS = "vos/weights/small.safetensors"  # a whole small MTTR that knows looks, made by vos/pretrain.py
 SMALL_WEIGHTS = "action_detection/weights/small.safetensors"  # a small Video Swin, made by scripts/make_swin_weights.sh
 HEAD = ("head.transformer",)  # runs again in backward wherever blocks do: without it most of what forward keeps
 Side = Annotated[int, Range(low=32, high=4096)]  # of what the network sees, pixels
@@ -59,8 +60,8 @@ REFERRING = Data(
     root=Path("data/referring"),
     text="minilm",
     window=8,
-    image_size=96,
-    max_size=96,
+    image_size=80,  # things then have the size in pixels at which the weights were made
+    max_size=80,
     samples="sentences",
     cache_gib=1.0,
 )
@@ -117,9 +118,18 @@ def referring_tiny(method: Method) -> Config:
     return replace(
         base,
         preset="tiny",
-        data=replace(base.data, root=Path("data/referring_tiny"), text="words", num_videos=40),
-        model=replace(base.model, text_width=96),
-        optimization=replace(base.optimization, epochs=1.5, warmup_epochs=0.2),
+        data=replace(
+            base.data, root=Path("data/referring_tiny"), text="words", num_videos=40, image_size=96, max_size=96
+        ),
+        model=replace(base.model, weights=SMALL_WEIGHTS, text_width=96),
+        optimization=replace(
+            base.optimization,
+            epochs=1.5,
+            warmup_epochs=0.2,
+            learning_rate=1e-3,
+            multipliers={"backbone.": 0.1},
+            clip_norm=1.0,
+        ),
     )
 
 
@@ -135,7 +145,7 @@ def referring_small(method: Method) -> Config:
         data=REFERRING,
         model=Model(
             backbone="small",
-            weights=SMALL_WEIGHTS,
+            weights=REFERRING_WEIGHTS,
             patch="overlap",
             drop_path=0.0,
             text_width=384,
@@ -148,13 +158,13 @@ def referring_small(method: Method) -> Config:
             mask_widths=(96, 48, 48, 48),
         ),
         optimization=Optimization(
-            epochs=2,
+            epochs=1,
             warmup_epochs=0.1,
             global_batch=4,
-            learning_rate=1e-3,
-            multipliers={"backbone.": 0.1},
+            learning_rate=3e-4,
+            multipliers={"backbone.": 0.3},
             weight_decay=1e-4,
-            clip_norm=1.0,
+            clip_norm=0.1,
             precision="fp32",
         ),
         finetuning=Finetuning(

@@ -22,6 +22,8 @@ from engine.synthetic.motion import MOTIONS, Track, draw_track, halve_again, pla
 from engine.synthetic.sprites import Group, draw_background, draw_object, objects_of
 
 Kind = Literal["twins", "looks", "free"]
+About = Literal["looks", "motion", "relation"]
+ABOUT: tuple[About, ...] = ("looks", "motion", "relation")
 KINDS: tuple[Kind, ...] = ("twins", "looks", "free")
 STILL = "standing still"
 EVERY_MOTION = (*MOTIONS, STILL)
@@ -61,7 +63,7 @@ class Sentence(NamedTuple):
     """A sentence, what it is about, and what must be true of the thing it names."""
 
     text: str
-    about: Literal["looks", "motion", "relation"]
+    about: About
     traits: Traits
     relation: tuple[int, int] | None = None  # direction x, y from the thing `other`
     other: Traits = frozenset()
@@ -88,12 +90,14 @@ def build_scene(
     group: Group,
     annotated: Sequence[int],
     count: int = 3,
+    shrink: float = SHRINK,
+    about: Sequence[About] = ABOUT,
 ) -> Scene:
     """Everything about one video; `annotated`: the frames, from 0, in which what a sentence says must hold."""
     for attempt in range(200):
         rng = np.random.default_rng([*key, attempt])
-        things = _things(rng, num_frames, kind, group, count)
-        sentences = _sentences(rng, things, kind, group, annotated)
+        things = _things(rng, num_frames, kind, group, count, shrink)
+        sentences = _sentences(rng, things, group, annotated, about)
         if sentences is not None:
             background = draw_background(rng, max(size))[: size[0], : size[1]]
             light = 1 + 0.06 * rng.uniform(0, 1) * smooth_curve(rng, num_frames)
@@ -150,7 +154,9 @@ def _beside(
     return along > MARGIN if i != j else np.zeros(len(where), bool)
 
 
-def _things(rng: np.random.Generator, num_frames: int, kind: Kind, group: Group, count: int) -> list[Thing]:
+def _things(
+    rng: np.random.Generator, num_frames: int, kind: Kind, group: Group, count: int, shrink: float
+) -> list[Thing]:
     looks: list[tuple[list[Image.Image], str, str, str]] = []
     pairs = objects_of(group)
     while len(looks) < count:
@@ -171,17 +177,17 @@ def _things(rng: np.random.Generator, num_frames: int, kind: Kind, group: Group,
         motions = [str(motion) for motion in rng.choice(EVERY_MOTION, count, replace=False)]
     tracks: list[Track] = []
     for motion in motions:
-        drawn = [_track(rng, motion, num_frames) for _ in range(12)]
+        drawn = [_track(rng, motion, num_frames, shrink) for _ in range(12)]
         tracks.append(min(drawn, key=lambda track: _crowding(track, tracks)))
     order = rng.permutation(count).tolist()
     return [Thing(looks[i][3], looks[i][2], looks[i][1], motions[i], looks[i][0], tracks[i]) for i in order]
 
 
-def _track(rng: np.random.Generator, motion: str, num_frames: int) -> Track:
+def _track(rng: np.random.Generator, motion: str, num_frames: int, shrink: float) -> Track:
     kind, backwards = MOTIONS.get(motion, ("still", False))
     path = draw_track(rng, kind, num_frames, rest=REST)
     step = -1 if backwards else 1
-    return Track(path.x[::step], path.y[::step], path.radius[::step] * SHRINK, path.angle[::step])
+    return Track(path.x[::step], path.y[::step], path.radius[::step] * shrink, path.angle[::step])
 
 
 def _crowding(track: Track, others: list[Track]) -> float:
@@ -195,14 +201,18 @@ def _crowding(track: Track, others: list[Track]) -> float:
 
 
 def _sentences(
-    rng: np.random.Generator, things: list[Thing], kind: Kind, group: Group, annotated: Sequence[int]
+    rng: np.random.Generator, things: list[Thing], group: Group, annotated: Sequence[int], about: Sequence[About]
 ) -> list[str] | None:
     """One for each thing, that names it alone; None where one has none."""
     chosen = []
     for number, thing in enumerate(things):
         able: dict[str, list[str]] = {}
         for sentence in _candidates(things, number):
-            if group_of(sentence.text) != group or fits(things, sentence, annotated) != [number]:
+            if (
+                sentence.about not in about
+                or group_of(sentence.text) != group
+                or fits(things, sentence, annotated) != [number]
+            ):
                 continue
             if sentence.relation is not None and not _holds(things, number, sentence, annotated):
                 continue

@@ -27,7 +27,7 @@ from engine.files import sync, write_text
 from engine.synthetic.sprites import Group
 from engine.synthetic.write import write_files
 from engine.visual import TABLEAU, film_strip, save_stack
-from vos.scenes import KINDS, LEAST_PIXELS, Scene, build_scene, render
+from vos.scenes import ABOUT, KINDS, LEAST_PIXELS, SHRINK, About, Kind, Scene, build_scene, render
 
 VERSION = 1  # raise it when a change of the scenes changes the files
 GROUPS: dict[str, Group] = {"train": "train", "test": "validation"}
@@ -47,6 +47,9 @@ class Synthetic:
     num_frames: int = 16
     fps: float = 6.0
     seed: int = 0
+    kinds: tuple[Kind, ...] = KINDS  # of scenes, in turn
+    about: tuple[About, ...] = ABOUT  # of sentences
+    shrink: float = SHRINK  # of things, from the size at which they are drawn
 
     def __post_init__(self) -> None:
         if self.num_train < 3 or self.num_test < 3:
@@ -109,10 +112,12 @@ def film(synthetic: Synthetic, split: str, number: int) -> tuple[Scene, np.ndarr
         key,
         (synthetic.height, synthetic.width),
         synthetic.num_frames,
-        kind=KINDS[number % len(KINDS)],
+        kind=synthetic.kinds[number % len(synthetic.kinds)],
         group=GROUPS[split],
         annotated=[frame - 1 for frame in synthetic.annotated(split)],
         count=1 if number == ALONE else 3,
+        shrink=synthetic.shrink,
+        about=synthetic.about,
     )
     return scene, *render(scene, np.random.default_rng([*key, 1000]))
 
