@@ -97,7 +97,9 @@ class Clips:
 
     def batch(self, rng: np.random.Generator, count: int) -> Batch:
         """As of `data.collate`, but sentences and what they mean are THINGS for each video, in order."""
-        samples, texts, meant = [], [], []
+        samples: list[dict[str, Any]] = []
+        texts: list[Tensor] = []
+        meant: list[int] = []
         while len(samples) < count:
             items = self.videos[int(rng.integers(len(self.videos)))]
             sample = self.samples[next(iter(items.values())), int(rng.integers(2**60))]
