@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import dr2net
-from detection.configs import ROWS, Config
+from detection.configs import ROWS, Config, shapes_tiny
 from detection.model import Detector, build_model, example_batch
-from engine.config import METHODS
+from engine.rows import methods_of
 from engine.training.finetuning import apply_method, set_coefficients, set_mode
 
 # Sums over eight images are taken in another order.
@@ -83,7 +83,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_in_the_batch(counts: list[i
     assert torch.isfinite(gradient(model)).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods_of(shapes_tiny))
 def test_reversible_gradients_of_backbone_and_encoder_are_those_of_stored_activations(method: str) -> None:
     config = small_config(method)
     model = build(config)
