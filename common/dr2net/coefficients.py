@@ -22,12 +22,18 @@ class Coefficients:
     chosen: bool = False  # by `dr2net.set_coefficients`, not by a file
     origin: Optional["Coefficients"] = None  # of the sequence this one is a copy of, until they are chosen here
     doubt: str = ""  # a warning for the next pass
+    fixed: bool = False  # at (1, 0) for good, of blocks that are checkpointed and of every copy of them
+
+    @property
+    def settled(self) -> bool:
+        """A file does not move them."""
+        return self.chosen or self.fixed
 
     def choose(self, alpha: float, beta: float | Fraction) -> None:
         self.alpha, self.beta, self.chosen, self.origin, self.doubt = alpha, beta, True, None, ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Coefficients":
-        return Coefficients(self.alpha, self.beta, origin=self.origin or self, doubt=self.doubt)
+        return Coefficients(self.alpha, self.beta, origin=self.origin or self, doubt=self.doubt, fixed=self.fixed)
 
     def save(self) -> dict[str, Any]:
         """Numbers only, for `torch.load(weights_only=True)`."""
@@ -41,7 +47,7 @@ class Coefficients:
         """
         saved = metadata.get(KEY)
         if saved is None:
-            if not self.chosen and "version" not in metadata:  # with a version it is a plain model's: (1, 0) is right
+            if not self.settled and "version" not in metadata:  # with a version it is a plain model's: (1, 0) is right
                 self.doubt = (
                     f"{name} runs at (alpha, beta) = (1, 0), the plain network, with weights from a file that does not "
                     "say at which coefficients they were trained; call dr2net.set_coefficients(model, alpha, beta) "
@@ -50,7 +56,7 @@ class Coefficients:
             return
         alpha, beta = saved["alpha"], saved["beta"]
         beta = beta if isinstance(beta, float) else Fraction(*beta)
-        if not self.chosen:
+        if not self.settled:
             self.alpha, self.beta, self.origin, self.doubt = alpha, beta, None, ""
         elif (alpha, beta) != (self.alpha, self.beta):
             self.doubt = (

@@ -47,14 +47,13 @@ class ReversibleSequence(nn.Module):
 
     def _become(self, options: Options, place: str, checkpointed: bool) -> None:
         """What __init__ would set; the container exists already."""
-        self.checkpointed = checkpointed
         self.inversion = options.inversion
         self.anchor_every = options.anchor_every
         self.tolerance = options.tolerance
         self.store = options.store
         self.chunk_mib = options.chunk_mib
         self.place = place  # name in the model
-        self.coefficients = Coefficients(chosen=checkpointed)  # which stays at (1, 0)
+        self.coefficients = Coefficients(fixed=checkpointed)
         self.ran = 0
         self.computed_in = torch.float32
         self.plain = False
@@ -116,6 +115,11 @@ class ReversibleSequence(nn.Module):
         return self.returns[key]
 
     @property
+    def checkpointed(self) -> bool:
+        """Inputs of branches are kept, not rebuilt: `dr2net.checkpoint_blocks` in chunks."""
+        return self.coefficients.fixed
+
+    @property
     def alpha(self) -> float:
         return self.coefficients.alpha
 
@@ -172,7 +176,6 @@ class ReversibleSequence(nn.Module):
 
 STATE: tuple[str, ...] = ("ran", "computed_in")  # in the last pass
 STATE += ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
-STATE += ("checkpointed",)  # inputs of branches are kept, not rebuilt: `dr2net.checkpoint_blocks` in chunks
 STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 
 

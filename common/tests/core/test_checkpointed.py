@@ -139,6 +139,21 @@ def test_weights_that_were_trained_at_other_coefficients_are_told() -> None:
         run(net, build_input())
 
 
+def test_a_copy_stays_at_one_and_zero_whatever_it_loads() -> None:
+    net = build_net(2)
+    twin = copy.deepcopy(net)
+    dr2net.convert(twin)
+    dr2net.set_coefficients(twin, 7 / 8, 1 / 8)
+    dr2net.checkpoint_blocks(net, chunk_mib=1)
+    again = copy.deepcopy(net)
+    expected = run(net, build_input())
+    again.load_state_dict(twin.state_dict())
+    with pytest.warns(UserWarning, match=r"\(0.875, 0.125\)"):
+        assert torch.equal(run(again, build_input()), expected)
+    with pytest.raises(ValueError, match="checkpointed in chunks"):
+        dr2net.set_coefficients(again, 7 / 8, 1 / 8)
+
+
 def test_a_second_derivative_and_a_second_conversion_are_refused() -> None:
     net = build_net(2)
     dr2net.checkpoint_blocks(net, chunk_mib=1)
