@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from engine.data.workers import first_of
 from engine.files import read_json, read_text
 
 LABELS = "category_idx.txt"  # optional, beside the annotations: one class a line
@@ -78,7 +79,7 @@ def read_blocked(file: Path) -> set[str]:
 def warn_of_unknown(blocked: Collection[str], database: Collection[str], file: Path) -> None:
     """Say how many names of videos to leave out an annotation file does not have, as those with another prefix."""
     if unknown := sorted(set(blocked) - set(database)):
-        names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        names = first_of(unknown)
         warnings.warn(f"{file}: has not {len(unknown)} of the {len(blocked)} blocked videos: {names}", stacklevel=3)
 
 

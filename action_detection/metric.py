@@ -34,6 +34,7 @@ import numpy as np
 
 from action_detection.annotations import LABELS, NOT_CLASSES, warn_of_unknown
 from action_detection.ops import segment_iou
+from engine.data.workers import first_of
 from engine.files import read_json, read_text
 
 ACTIVITYNET_TIOU = tuple(np.linspace(0.5, 0.95, 10).tolist())
@@ -84,7 +85,7 @@ def evaluate_files(
             f"{subset!r} of {ground_truth} (the first is {other!r}); give the right subset, or name the videos alike"
         )
     if others := sorted(set(predicted.names) - set(truth.names)):
-        some = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        some = first_of(others)
         where = f"{len(others)} of its {len(predicted.names)} videos are not in the subset {subset!r} of {ground_truth}"
         warnings.warn(f"{predictions}: {where}: {some}; what is predicted for them counts as false", stacklevel=2)
     return evaluate_rows(truth, predicted, tiou)

@@ -29,11 +29,10 @@ from torch.nn import functional as F
 from action_detection.configs import SMALL_WEIGHTS, untrimmed_small
 from engine.backbones.video_swin import PATCH, VideoSwin, build_video_swin
 from engine.data.transforms import normalize
-from engine.files import appearing
 from engine.synthetic.clips import Clips, draw_clips, whiten_embedding
 from engine.synthetic.motion import MOTIONS, render_clip
 from engine.synthetic.sprites import Group
-from engine.weights import write_tensors
+from engine.weights import write_half
 
 
 class Phase(NamedTuple):
@@ -230,9 +229,7 @@ def main() -> None:
             print(f"{time.perf_counter() - start:4.0f} s  step {step}  {losses}", flush=True)
             sums = {}
         if 2 * step == arguments.steps or step == arguments.steps:
-            weights = {name: value.half() for name, value in model.backbone.state_dict().items()}
-            with appearing(arguments.output) as temporary:
-                write_tensors(weights, temporary)
+            write_half(model.backbone.state_dict(), arguments.output)
     right = accuracy(model.eval(), arguments.validation, PHASES[1].num_frames, size)
     print(f"class of a time step, objects never seen: {right:.1%} right")
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")

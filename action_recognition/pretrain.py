@@ -26,9 +26,8 @@ from torch.nn import functional as F
 from action_recognition.configs import TINY_WEIGHTS, motion_tiny
 from action_recognition.head import GridHead
 from engine.backbones.video_vit import VideoViT, build_tiny_vit
-from engine.files import appearing
 from engine.synthetic.clips import draw_clips, whiten_embedding
-from engine.weights import write_tensors
+from engine.weights import write_half
 
 BATCH = 16
 LEARNING_RATE = 1e-3  # of AdamW; 3e-3 learned more slowly
@@ -86,9 +85,7 @@ def main() -> None:
             losses = "  ".join(f"{k} {v:.3f}" for k, v in zip(("share", "flow", "rates"), sums / 100, strict=True))
             print(f"{time.perf_counter() - start:4.0f} s  step {step}  {losses}", flush=True)
             sums.zero_()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(arguments.output) as temporary:
-        write_tensors({name: value.half() for name, value in backbone.state_dict().items()}, temporary)
+    write_half(backbone.state_dict(), arguments.output)
     print(f"{arguments.output}: {arguments.steps * BATCH} clips, {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 

@@ -36,6 +36,7 @@ from detection.metric import (
 )
 from engine import commands
 from engine.command_line import parse, run_command
+from engine.data.workers import first_of
 from engine.files import write_text
 from engine.settings import Arguments, Count
 from engine.task import Batch, Model
@@ -94,7 +95,7 @@ def score(rows: Sequence[Found], truth: Truth, config: Config) -> dict[str, floa
     """AP, AP50, AP75, AP_S, AP_M, AP_L, AR100 in percent, less those of a size that the ground truth does not have."""
     lacking = sorted(set(truth.boxes.images) - {row["image_id"] for row in rows})
     if lacking:
-        some = f"ids {', '.join(map(str, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}"
+        some = f"ids {first_of(map(str, lacking))}"
         warnings.warn(f"{len(lacking)} of {len(truth.boxes.images)} images were not looked at ({some})", stacklevel=2)
     predictions = check_predictions(as_predictions(rows, truth.category_ids), truth.boxes, "detections")
     metrics = evaluate_boxes(truth.boxes, predictions, MAX_DETECTIONS)

@@ -32,7 +32,7 @@ from detection.images import SUFFIXES, BrokenImage, read_image
 from engine import commands
 from engine.data.loader import to_device
 from engine.data.video import VideoInfo, probe, read_frames, write_frames
-from engine.data.workers import tracked
+from engine.data.workers import first_of, tracked
 from engine.files import make_folder, publish
 from engine.settings import Share
 from engine.task import Model
@@ -188,7 +188,7 @@ def _predict_folder(config: Config, model: Model, arguments: Arguments, categori
     others = [path.name for path in files if path not in set(pictures)]
     for what, names in (("files that are no pictures left out", others), ("folders not looked into", folders)):
         if names:
-            print(f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+            print(f"{len(names)} {what}: {first_of(names, 10)}")
     copies, broken = copies_of(pictures, arguments.output), []
     results = Results(arguments.output / "detections.json", categories)
     with results:

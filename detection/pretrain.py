@@ -42,13 +42,12 @@ from detection.scenes import Scene, compose, compose_forest
 from detection.transformer import proposals
 from engine.data.loader import to_device
 from engine.data.workers import write_json
-from engine.files import appearing
 from engine.task import Batch, Model
 from engine.training import checkpoint
 from engine.training.ema import EMA
 from engine.training.optimization import build_optimizer, restore_optimizer, set_learning_rate
 from engine.training.state import full_tensors
-from engine.weights import load_tensors, write_tensors
+from engine.weights import load_tensors, write_half
 
 
 class Phase(NamedTuple):
@@ -330,9 +329,7 @@ def main() -> None:
     training.save()
     training.ema.swap()
     model = training.model.eval()
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    with appearing(arguments.output) as temporary:
-        write_tensors({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)
+    write_half(model.state_dict(), arguments.output)
     megabytes = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: {training.step} steps, {megabytes:.1f} MB")
     metrics = evaluate(model, training.config, arguments.validation, PHASES[-1].size)

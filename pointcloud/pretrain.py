@@ -16,10 +16,9 @@ from pathlib import Path
 
 from engine.command_line import run_command
 from engine.config import Finetuning
-from engine.files import appearing
 from engine.training.devices import set_seed
 from engine.training.fit import build_loaders, fit
-from engine.weights import write_tensors
+from engine.weights import write_half
 from pointcloud import data, evaluate
 from pointcloud.configs import AROUND, Config, rooms_vits
 from pointcloud.furniture import FurnishAreas, write_furnished
@@ -45,10 +44,7 @@ def config_of(steps: int, root: Path, output: Path) -> Config:
 
 def write_around(network: PointSegmenter, path: Path) -> None:
     """What the network has besides its blocks, in float16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value.half() for key, value in network.state_dict().items() if not key.startswith("backbone.")}
-    with appearing(path) as temporary:
-        write_tensors(kept, temporary)
+    write_half({key: value for key, value in network.state_dict().items() if not key.startswith("backbone.")}, path)
 
 
 def main(words: list[str]) -> None:

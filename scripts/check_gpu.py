@@ -29,6 +29,7 @@ import torch
 from dr2net.memory import format_bytes
 from engine.files import write_text
 from engine.records.provenance import commit, versions
+from engine.records.tables import markdown_table
 from scripts import gpu_contracts, gpu_costs, gpu_parallel
 from scripts.gpu_card import Card, Row, find_card
 
@@ -135,8 +136,7 @@ TITLES = {
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown; a cell may hold anything that an error says."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |" for cells in lines) + "\n"
+    return markdown_table(header, [[cell.replace("|", "/") for cell in cells] for cells in rows]) + "\n"
 
 
 def of_contracts(rows: list[Row]) -> str:

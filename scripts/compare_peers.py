@@ -38,6 +38,7 @@ from dr2net import planner
 from dr2net.branches import Branch, find_branches
 from engine.files import read_json, write_text
 from engine.records.provenance import commit, device_name, versions
+from engine.records.tables import markdown_table
 
 PACKAGES = {"memcnn": "1.5.2", "revtorch": "0.2.4"}  # made for their interfaces
 CHUNK_MIB = 8  # small, as the inputs are
@@ -228,13 +229,24 @@ def compare(net: str, peers: Iterable[Peer], rounds: int) -> dict[str, Any]:
     return {"net": net, "title": title, "input": list(shape), "rows": rows, "omitted": omitted}
 
 
-def line_of(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
+COLUMNS = (
+    *("", "peak MiB", "of it the step's", "peak / plain", "GiB on the host"),
+    *("time / plain", "range", "trains", "limits"),
+)
+
+
+def cells_of(name: str, row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     peer = next(peer for peer in PEERS if peer.name == name)
     ratios = [a / b for a, b in zip(row["seconds"], plain["seconds"], strict=True)]
     cells = [name, f"{row['peak'] / 2**20:.0f}", f"{(row['peak'] - row['standing']) / 2**20:.0f}"]
     cells += [f"{row['peak'] / plain['peak']:.2f}", f"{row['host'] / 2**30:.2f}" if row["host"] else "-"]
-    cells += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", peer.trains, peer.limits]
-    return "| " + " | ".join(cells) + " |"
+    return [
+        *cells,
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        peer.trains,
+        peer.limits,
+    ]
 
 
 def page(record: dict[str, Any]) -> str:
@@ -242,7 +254,7 @@ def page(record: dict[str, Any]) -> str:
     parts = []
     for net in record["nets"]:
         plain = net["rows"]["plain"]
-        rows = "\n".join(line_of(name, row, plain) for name, row in net["rows"].items())
+        rows = markdown_table(COLUMNS, [cells_of(name, row, plain) for name, row in net["rows"].items()])
         reasons = {peer.name: "not in this run" for peer in PEERS if peer.name not in net["rows"]} | net["omitted"]
         left_out = "".join(f"\nLeft out: {name} ({reason}).\n" for name, reason in reasons.items())
         parts.append(f"""## {net["title"]}
@@ -250,8 +262,6 @@ def page(record: dict[str, Any]) -> str:
 Input {"x".join(map(str, net["input"]))}; plain takes {statistics.median(plain["seconds"]):.2f} s, the median of
 {len(plain["seconds"])} rounds.{net.get("run", "")}
 
-| | peak MiB | of it the step's | peak / plain | GiB on the host | time / plain | range | trains | limits |
-|---|---|---|---|---|---|---|---|---|
 {rows}
 {left_out}""")
     packages = ", ".join(f"{name} {version}" for name, version in record["peers"].items())

@@ -10,9 +10,4 @@
 #   bash scripts/make_detector_weights.sh --one-class --steps 1000 --start runs/third.safetensors
 # In the third, every second scene was a forest, without grain of leaves; the code has moved on since (see git).
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/python.sh
-export PYTHONPATH="common:."
-# Threads that spin while they wait make a step ten times slower where another program wants a core.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-exec "$PYTHON" -m detection.pretrain "$@"
+exec bash "$(dirname "$0")/make_weights.sh" detection "$@"

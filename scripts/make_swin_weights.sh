@@ -4,7 +4,4 @@
 #   bash scripts/make_swin_weights.sh [--steps 900]
 # Needed only to change the small Video Swin. Every run with the same steps on the same machine gives the same weights.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/python.sh
-export PYTHONPATH="common:."
-exec "$PYTHON" -m action_detection.pretrain "$@"
+exec bash "$(dirname "$0")/make_weights.sh" action_detection "$@"

@@ -34,6 +34,7 @@ from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, Setting
 from engine.files import read_json, write_text
 from engine.records.provenance import commit, versions
 from engine.records.record import read_records
+from engine.records.tables import markdown_table
 
 Rows = list[dict[str, Any]]
 SWIN = {  # width, blocks per stage, heads
@@ -160,12 +161,6 @@ def row(setting: str, method: str, memory: Memory, **more: Any) -> dict[str, Any
     return {"setting": setting, "method": method, **sizes, **more}
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def split_table(rows: Rows, extra: dict[str, Callable[[dict[str, Any]], str]]) -> str:
     """Peak and its split, one line per row of a part, then the columns of `extra`."""
     header = ("", "method", "peak", "parameters", "gradients", "optimizer", "stored", "temporaries", *extra)
@@ -175,7 +170,7 @@ def split_table(rows: Rows, extra: dict[str, Callable[[dict[str, Any]], str]]) -
         sizes += [r["activations"] - r["temporaries"], r["temporaries"]]
         cells = [column(r) for column in extra.values()]
         lines.append((r["setting"], r["method"], *map(format_bytes, sizes), *cells))
-    return table(header, lines)
+    return markdown_table(header, lines) + "\n"
 
 
 def fits(peak: int) -> str:
@@ -207,7 +202,7 @@ def paper_table(rows: Rows) -> str:
     theirs = [entry for entry in published if "Fig. 1" in entry["source"]]
     lines = [(entry["model"], entry["memory"], entry["source"]) for entry in theirs]
     ours = split_table(rows, {"peak in GB": lambda r: f"{r['peak'] / 1e9:.1f}"})
-    return table(("published", "memory", "source"), lines) + "\n" + ours
+    return markdown_table(("published", "memory", "source"), lines) + "\n\n" + ours
 
 
 def records_table() -> str:
@@ -222,7 +217,8 @@ def records_table() -> str:
             m = heaviest[name].memory
             sizes = (m["peak"], m["parameters"], m["gradients"], m["optimizer"], m["activations"])
             lines.append((configs.parent.name, name, *map(format_bytes, sizes), m["source"]))
-    return table(("task", "row", "peak", "parameters", "gradients", "optimizer", "activations", ""), lines)
+    titles = ("task", "row", "peak", "parameters", "gradients", "optimizer", "activations", "")
+    return markdown_table(titles, lines) + "\n"
 
 
 def page(parts: dict[str, dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engine.data.workers import tracked
+from engine.data.workers import first_of, tracked
 from engine.files import read_csv, read_json, read_text
 from vos.configs import Data
 from vos.masks import BrokenVideo, read_h5, read_h5_ids, read_mat, read_palette
@@ -216,7 +216,7 @@ def _a2d_clips(
     if copies:
         faults.notes.append(f"{file}: left out, as the instance is no number: {', '.join(copies[:10])}")
     if absent:
-        some = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        some = first_of(absent, 10)
         faults.notes.append(f"{file}: {len(absent)} sentences left out, whose instance has no mask: {some}")
 
 
@@ -367,7 +367,7 @@ def _refytvos_clips(folder: Path, file: Path, videos: dict[str, Any], split: str
                 tuple(frames),
             )
     if partly:
-        some = ", ".join(list(partly.values())[:10]) + (", ..." if len(partly) > 10 else "")
+        some = first_of(partly.values(), 10)
         faults.notes.append(f"{folder / 'Annotations'}: frames without masks are not scored: {some}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.workers import tracked
+from engine.data.workers import first_of, tracked
 from engine.files import read_json, write_text
 from vos.metric import Runs, Sample, area_of, decode_mask
 
@@ -80,8 +80,7 @@ def read_samples(truth: Path, proposals: Path) -> list[Sample]:
         found[name][0].append(runs)
         found[name][1].append(float(score))
     if lacking := [str(name) for name, (masks, _) in found.items() if not masks]:
-        some = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
-        text = f"{len(lacking)} of {len(truths)} images have no predictions and count as missed: {some}"
+        text = f"{len(lacking)} of {len(truths)} images have no predictions and count as missed: {first_of(lacking)}"
         warnings.warn(f"{proposals}: {text}", stacklevel=2)
     return [Sample(truth=truths[name], masks=masks, scores=np.array(scores)) for name, (masks, scores) in found.items()]
 

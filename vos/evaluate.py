@@ -28,6 +28,7 @@ import tyro
 from engine import commands
 from engine.command_line import parse, run_command
 from engine.data.video import BrokenVideo
+from engine.data.workers import first_of
 from engine.settings import Arguments
 from engine.task import Batch, Model
 from vos.annotations import Clip, read_annotations, read_masks
@@ -191,10 +192,10 @@ def score_clips(found: Reader, clips: Sequence[Clip]) -> dict[str, float]:
     wanted: Expressions = {key: [clip.names[k] for k in clip.frames] for key, clip in by_key.items()}
     metrics = score_masks(found, read, wanted)
     if unseen:
-        some = ", ".join(f"{video} {expression}" for video, expression in list(unseen)[:5])
+        some = first_of(f"{video} {expression}" for video, expression in unseen)
         warnings.warn(
             f"{len(unseen)} of {len(by_key)} expressions are about an object that no true mask shows, so that empty "
-            f"masks count as right: {some}{', ...' if len(unseen) > 5 else ''}; check obj_id and the masks",
+            f"masks count as right: {some}; check obj_id and the masks",
             stacklevel=2,
         )
     return metrics
@@ -212,8 +213,7 @@ def _by_name(rows: Sequence[Found], wanted: Mapping[str, Any], broken: set[str])
     if unknown := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{unknown[0]!r}: a sample that the annotations do not have; they changed during the run")
     if lacking := [name for name in wanted if name not in found]:
-        some = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
-        warnings.warn(f"{len(lacking)} of {len(wanted)} samples were not looked at ({some})", stacklevel=3)
+        warnings.warn(f"{len(lacking)} of {len(wanted)} samples were not looked at ({first_of(lacking)})", stacklevel=3)
     return found
 
 

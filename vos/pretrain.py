@@ -1,6 +1,6 @@
 """Make the weights of the laptop preset of vos: the whole small MTTR learns to find what a sentence says by its looks.
 
-    python -m vos.pretrain              # about an hour on two cores; stop and start it at will
+    python -m vos.pretrain              # about 40 minutes on one core; stop and start it at will
 
 A head that has to learn from nothing which words mean which pixels needs more sentences than a laptop's row has steps:
 it falls into the hole of one query for all objects, whatever the sentence, and its methods differ in nothing. So it is
@@ -34,12 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.command_line import run_command
-from engine.files import appearing
 from engine.task import Batch
 from engine.training import checkpoint
 from engine.training.optimization import restore_optimizer
 from engine.training.state import full_tensors
-from engine.weights import load_tensors, write_tensors
+from engine.weights import load_tensors, write_half
 from vos import data
 from vos.configs import REFERRING_WEIGHTS, SMALL_WEIGHTS, Config, referring_small
 from vos.criterion import at_cells
@@ -278,13 +277,6 @@ def evaluate(model: Segmenter, clips: Clips, count: int) -> dict[str, float]:
     return {"right thing": 100 * float(np.mean(hits)), "mean IoU": 100 * float(np.mean(overlaps))}
 
 
-def write_weights(model: Segmenter, path: Path) -> None:
-    """The whole network, in float16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as temporary:
-        write_tensors({key: value.half() for key, value in model.state_dict().items()}, temporary)
-
-
 def main(words: list[str]) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,7 +291,7 @@ def main(words: list[str]) -> None:
     parts = tuple(part._replace(steps=steps) for part, steps in zip(PARTS, arguments.steps, strict=True))
     training = Training(arguments.root, arguments.output.with_suffix(".checkpoint"), parts)
     training.run(arguments.save_minutes, arguments.log_every)
-    write_weights(training.model, arguments.output)
+    write_half(training.model.state_dict(), arguments.output)
     found = evaluate(training.model, Clips(training.config, "test"), arguments.validation)
     told = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB; things never seen: {told}")

@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from engine.data.workers import tracked
+from engine.data.workers import first_of, tracked
 from engine.files import appearing, irregular
 from vos.metric import Runs, boundary_accuracy, decode_mask, region_similarity
 
@@ -69,7 +69,7 @@ def check_found(found: Mapping[Key, Sequence[Runs]], wanted: Expressions) -> Non
         ("expressions are not in the list", found.keys() - wanted.keys()),
     ):
         if keys:
-            raise ValueError(f"{len(keys)} {what}, of {len(wanted)}: {_some(map(_named, sorted(keys)))}")
+            raise ValueError(f"{len(keys)} {what}, of {len(wanted)}: {first_of(map(_named, sorted(keys)))}")
     sizes: dict[str, tuple[int, ...]] = {}
     for key, masks in found.items():
         if len(masks) != len(wanted[key]):
@@ -106,7 +106,7 @@ class MaskFiles:
             names = sorted(name for name in self.archive.namelist() if name.endswith(".png"))
             if twice := [name for name, next_one in pairwise(names) if name == next_one]:
                 self.close()
-                raise ValueError(f"{path}: {_some(twice)}: is in it twice; which one is meant? Write the zip again")
+                raise ValueError(f"{path}: {first_of(twice)}: is in it twice; which one is meant? Write the zip again")
         expressions: dict[Key, list[str]] = {}
         others = []
         for name in names:
@@ -117,10 +117,10 @@ class MaskFiles:
                 others.append(name)
         if not expressions:
             self.close()
-            have = f"it has {_some(others)}" if others else "it has none"
+            have = f"it has {first_of(others)}" if others else "it has none"
             raise ValueError(f"{path}: no masks below {FOLDER}; {have}; {REMEDY}")
         if others:
-            warnings.warn(f"{path}: {len(others)} pictures are not used: {_some(others)}; {REMEDY}", stacklevel=2)
+            warnings.warn(f"{path}: {len(others)} pictures are not used: {first_of(others)}; {REMEDY}", stacklevel=2)
         self.expressions: Expressions = expressions
 
     def read(self, key: Key, frame: str) -> np.ndarray:
@@ -192,7 +192,7 @@ def score_masks(found: Reader, truth: Reader, wanted: Expressions) -> dict[str, 
 def warn_of_more(found: Expressions, wanted: Expressions) -> None:
     """A warning that names expressions which nobody asked for: they may be of another split."""
     if more := sorted(found.keys() - wanted.keys()):
-        some = _some([_named(key) for key in more])
+        some = first_of([_named(key) for key in more])
         warnings.warn(
             f"{len(more)} expressions of the predictions have no truth and are not scored: {some}", stacklevel=2
         )
@@ -215,9 +215,3 @@ def _of_expression(found: Reader, truth: Reader, key: Key, frames: Sequence[str]
 
 def _named(key: Key) -> str:
     return f"video {key[0]}, expression {key[1]}"
-
-
-def _some(names: Iterator[str] | Sequence[str]) -> str:
-    """The first five of the names."""
-    listed = list(names)
-    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

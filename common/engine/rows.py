@@ -37,9 +37,9 @@ SEEDS: dict[Preset, tuple[int, ...]] = {"tiny": (0,), "laptop": (0, 1), "paper":
 def rows_of(*families: Callable[[Method], C], **variants: Callable[[], C]) -> dict[str, Callable[[], C]]:
     """Rows by name: `<family>_<method>` for each family and method, and variants under their own names.
 
-    A family is a function of the method; its Config gets the row's name. A family whose branches run whole has no row
-    of the method checkpointed_chunks. ValueError, when the row is built, for a
-    family that ignores its method; at once for two rows of one name.
+    A family is a function of the method; its Config gets the row's name. One whose branches run whole has no row of the
+    method checkpointed_chunks. ValueError, when the row is built, for a family that ignores its method; at once for two
+    rows of one name.
     """
     rows: dict[str, Callable[[], C]] = {}
     for family in families:

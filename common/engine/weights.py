@@ -13,6 +13,7 @@ checkpoints of runs (`training/checkpoint.py`), key maps of a backbone (`backbon
 
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.files import require_file
+from engine.files import appearing, require_file
 
 Tensors = dict[str, Tensor]
 
@@ -66,6 +67,13 @@ def write_tensors(tensors: Tensors, path: Path) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path)
     path.chmod(stat.S_IMODE(mode))
+
+
+def write_half(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file in float16, whole numbers as they are, with its folder; it is there when it is complete."""
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+    with appearing(path) as temporary:
+        write_tensors({name: value.cpu().contiguous() for name, value in halves.items()}, temporary)
 
 
 def read_state_dict(path: Path, *, inside: str | None = None) -> Tensors:

@@ -1,10 +1,8 @@
 """Annotations and masks that other hands have made or changed: what would be lost or wrong in silence is named."""
 
-import csv
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,31 +13,12 @@ from scipy.io import savemat
 from engine.data.video import BrokenVideo
 from vos.annotations import read_annotations
 from vos.masks import read_h5, read_mat, read_palette
-from vos.tests.toy_referring import A, B, write_a2d, write_jhmdb, write_refytvos
+from vos.tests.toy_referring import A, B, add_row, h5, quietly, texts, write_a2d, write_jhmdb, write_refytvos
 
 
 @pytest.fixture
 def a2d(tmp_path):
     return write_a2d(tmp_path / "a2d")
-
-
-def texts(data) -> Path:
-    return data.root / "text_annotations"
-
-
-def h5(data, video: str, frame: int) -> Path:
-    return texts(data) / "a2d_annotation_with_instances" / video / f"{frame:05d}.h5"
-
-
-def add_row(data, *row: str) -> None:
-    with (texts(data) / "a2d_annotation.txt").open("a") as file:
-        csv.writer(file).writerow(row)
-
-
-def quietly(data, split: str):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return read_annotations(data, split).clips
 
 
 def change_valid(data, change):

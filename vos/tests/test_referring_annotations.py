@@ -1,12 +1,9 @@
 """Readers of the three layouts: every trap of the official files is handled as documented, every fault is named."""
 
-import csv
 import json
 import os
 import shutil
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,31 +15,25 @@ from engine.data.video import BrokenVideo
 from vos.annotations import read_annotations, read_masks
 from vos.masks import read_h5, read_h5_ids, read_mat, read_palette, read_pixels
 from vos.synthetic import write_masks
-from vos.tests.toy_referring import HEIGHT, WIDTH, A, B, write_a2d, write_jhmdb, write_palette, write_refytvos
+from vos.tests.toy_referring import (
+    HEIGHT,
+    WIDTH,
+    A,
+    B,
+    add_row,
+    h5,
+    quietly,
+    texts,
+    write_a2d,
+    write_jhmdb,
+    write_palette,
+    write_refytvos,
+)
 
 
 @pytest.fixture
 def a2d(tmp_path):
     return write_a2d(tmp_path / "a2d")
-
-
-def texts(data) -> Path:
-    return data.root / "text_annotations"
-
-
-def h5(data, video: str, frame: int) -> Path:
-    return texts(data) / "a2d_annotation_with_instances" / video / f"{frame:05d}.h5"
-
-
-def add_row(data, *row: str) -> None:
-    with (texts(data) / "a2d_annotation.txt").open("a") as file:
-        csv.writer(file).writerow(row)
-
-
-def quietly(data, split: str):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return read_annotations(data, split).clips
 
 
 def test_a2d_is_read_as_it_is_packed(a2d):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.weights import write_half
 from vos import data, pretrain
 from vos.head import Frames
-from vos.pretrain import CLIPS, PARTS, THINGS, Clips, Training, alignment, evaluate, run_head, write_weights
+from vos.pretrain import CLIPS, PARTS, THINGS, Clips, Training, alignment, evaluate, run_head
 from vos.synthetic import write_dataset
 
 PART_STEPS = [1, 1, 1]
@@ -60,7 +61,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(root: Path, tmp_path: Pat
     assert all(torch.equal(state[key], other[key]) for key in state)
     with pytest.raises(ValueError, match="give the same, or delete it"):
         Training(root, tmp_path / "killed", PARTS)
-    write_weights(again.model, tmp_path / "small.safetensors")
+    write_half(again.model.state_dict(), tmp_path / "small.safetensors")
     assert (tmp_path / "small.safetensors").stat().st_size < 10e6
     found = evaluate(again.model, Clips(again.config, "test"), 2)
     assert set(found) == {"right thing", "mean IoU"} and all(0 <= value <= 100 for value in found.values())

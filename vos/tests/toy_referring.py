@@ -2,13 +2,16 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
 from engine.data.video import write_video
+from vos.annotations import Clip, read_annotations
 from vos.configs import Data
 from vos.synthetic import write_masks
 
@@ -121,3 +124,24 @@ def write_palette(path: Path, index: np.ndarray) -> None:
     picture = Image.fromarray(index)
     picture.putpalette([0, 0, 0, 90, 90, 90, 90, 90, 90])
     picture.save(path)
+
+
+def texts(data: Data) -> Path:
+    """The folder of a2d's sentences and masks."""
+    return data.root / "text_annotations"
+
+
+def h5(data: Data, video: str, frame: int) -> Path:
+    return texts(data) / "a2d_annotation_with_instances" / video / f"{frame:05d}.h5"
+
+
+def add_row(data: Data, *row: str) -> None:
+    with (texts(data) / "a2d_annotation.txt").open("a") as file:
+        csv.writer(file).writerow(row)
+
+
+def quietly(data: Data, split: Literal["train", "test"]) -> list[Clip]:
+    """The clips of a split, warnings unsaid."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_annotations(data, split).clips

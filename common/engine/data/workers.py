@@ -148,5 +148,10 @@ def name_some(problems: list[str], names: Sequence[str], file: Path | None, what
     if file is not None:
         write_text(file, "\n".join(names) + "\n")
         where = f" (full list: {file})"
-    first = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    problems.append(f"{len(names)} {what}{where}: {first}")
+    problems.append(f"{len(names)} {what}{where}: {first_of(names, 20)}")
+
+
+def first_of(names: Iterable[str], limit: int = 5) -> str:
+    """The first so many of the names, and dots if there are more."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")

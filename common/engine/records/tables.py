@@ -152,7 +152,7 @@ def print_table(records: list[Record], console: Console | None = None) -> None:
         console.print(table)
 
 
-def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
