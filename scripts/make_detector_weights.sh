@@ -10,4 +10,4 @@
 #   bash scripts/make_detector_weights.sh --one-class --steps 1000 --start runs/third.safetensors
 # In the third, every second scene was a forest, without grain of leaves; the code has moved on since (see git).
 set -euo pipefail
-exec bash "$(dirname "$0")/make_weights.sh" detection "$@"
+exec bash "$(dirname "$0")/pretrain_task.sh" detection "$@"

@@ -4,4 +4,4 @@
 # Needed only to change the small segmenter; takes about 40 minutes on one core. Wants the text encoder that
 # `python -m vos.prepare --preset laptop` brings. A run that was killed goes on when the command is repeated.
 set -euo pipefail
-exec bash "$(dirname "$0")/make_weights.sh" vos "$@"
+exec bash "$(dirname "$0")/pretrain_task.sh" vos "$@"

@@ -4,4 +4,4 @@
 #   bash scripts/make_swin_weights.sh [--steps 900]
 # Needed only to change the small Video Swin. Every run with the same steps on the same machine gives the same weights.
 set -euo pipefail
-exec bash "$(dirname "$0")/make_weights.sh" action_detection "$@"
+exec bash "$(dirname "$0")/pretrain_task.sh" action_detection "$@"

@@ -3,4 +3,4 @@
 #   bash scripts/make_tiny_weights.sh [--steps 1200]
 # Needed only to change the tiny network. Every run with the same steps on the same machine gives the same weights.
 set -euo pipefail
-exec bash "$(dirname "$0")/make_weights.sh" action_recognition "$@"
+exec bash "$(dirname "$0")/pretrain_task.sh" action_recognition "$@"

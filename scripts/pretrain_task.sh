@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the scripts make_*_weights.sh share: they run the pretraining of a task.
-#   bash scripts/make_weights.sh TASK [OPTIONS of python -m TASK.pretrain]
+#   bash scripts/pretrain_task.sh TASK [OPTIONS of python -m TASK.pretrain]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/python.sh
