@@ -18,7 +18,7 @@ What F uses is named module by module; a parameter of the block itself (a layer 
 `independent` says that the branch may be run in chunks, and along what (`chunks.py`); `beside`, what the tensors are
 that the block gets beside x.
 
-Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapters.py`), which are known already.
+Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapters/`), which are known already.
 """
 
 import functools
@@ -171,7 +171,7 @@ def blocks_of(container: nn.Module) -> dict[str, nn.Module]:
 
 def is_adapted(block: nn.Module) -> bool:
     """Its branches are those of this library, not registered by the user. Of a block that has branches."""
-    return branches_of.dispatch(type(block)).__module__ == "dr2net.adapters"
+    return branches_of.dispatch(type(block)).__module__.startswith("dr2net.adapters.")
 
 
 def forward_was_replaced(cls: type[nn.Module]) -> bool:
@@ -185,7 +185,5 @@ def _known(cls: type[nn.Module]) -> type[nn.Module] | None:
     from dr2net import adapters  # it registers with `branches_of`, so it stands above this file
 
     for base in cls.__mro__:
-        adapter = adapters.ADAPTERS.get(base.__module__.split(".")[0])
-        if adapter is not None:
-            adapter()
+        adapters.register(base.__module__.split(".")[0])
     return next((base for base in cls.__mro__ if base in branches_of.registry and base is not object), None)

@@ -2,7 +2,7 @@
 
 A reversible block is called as the module it is, so hooks on it fire, once per forward pass; what is put on a module
 inside it takes part in the branch that calls the module. What can be neither is refused here, by name and with the
-remedy, when a model is converted and again at each pass. Not here: which modules a branch calls (`adapters.py`).
+remedy, when a model is converted and again at each pass. Not here: which modules a branch calls (`adapters/`).
 """
 
 import types
