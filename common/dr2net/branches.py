@@ -16,7 +16,7 @@ To teach it your own block:
 
 What F uses is named module by module; a parameter of the block itself (a layer scale) as it is: (mlp, block.gamma).
 `independent` says that the branch may be run in chunks, and along what (`chunks.py`); `beside`, what the tensors are
-that the block gets beside x.
+that the block gets beside x (`beside.py`), as in beside={"mask": "samples", "rotary": "shared"} or beside="unused".
 
 Not here: the blocks of timm, torchvision, transformers and pytorchvideo (`adapters/`), which are known already.
 """
@@ -31,8 +31,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dr2net.beside import Beside, RunsWhole, check_words, words_of
 from dr2net.chunks import Chunks, Groups
 from dr2net.patches import all_plain
+
+SMALL = "it is smaller than a chunk"
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Branch:
     drop_path: multiplies `function`'s result by a random factor per sample; the last part of F, and not in `function`.
     independent: F treats each token (all dimensions but the last) or each sample by itself; or a function that makes
         the groups of an input x. None: unknown.
-    beside: what F does with the tensors among the block's arguments: "rows", they have x's shape but for the last
-        dimension and row by row belong to x (positions), so they are cut as x is; "unused", nothing. None: unknown, and
-        with such a tensor F runs as a whole.
+    beside: what the tensors among the block's arguments are to F: "rows" of x, one for each of the "samples", "shared"
+        by all, "unused"; or a word for each argument by its name (`beside.py`). None: unknown, and with such a tensor F
+        runs as a whole.
     """
 
     name: str
@@ -57,11 +60,12 @@ class Branch:
     residual: bool = True
     drop_path: nn.Module | None = None
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
-    beside: Literal["rows", "unused"] | None = None
+    beside: Beside | None = None
 
     own_parameters: tuple[nn.Parameter, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_words(self.beside, self.name)
         for part in self.modules:
             if not isinstance(part, (nn.Module, nn.Parameter)):
                 raise ValueError(
@@ -77,47 +81,52 @@ class Branch:
         f = self.function(x, *args, **named)
         return f if self.drop_path is None else self.drop_path(f)
 
-    def chunks(self, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float | None) -> Chunks | None:
-        """How F(x, *args, **named) is run in chunks of about `mib` MiB; None if it has to run on x as a whole."""
-        if mib is None or self.independent is None:
-            return None
+    def chunks(
+        self, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float, positional: Sequence[str] = ()
+    ) -> Chunks | str:
+        """How F(x, *args, **named) is run in chunks of about `mib` MiB; why not, if it has to run on x as a whole.
+
+        positional: names of `args` in the block's forward, see `beside.positional_names`.
+        """
+        if self.independent is None:
+            return "it does not say that tokens or samples are independent (Branch.independent)"
         if not all_plain((*self.modules, *([] if self.drop_path is None else [self.drop_path]))):
             warnings.warn(
                 f"branches {self.name!r} with hooks or a replaced forward on a module inside run as a whole, not in "
                 "chunks, since what those do may not be independent; take them off to save the memory",
                 stacklevel=2,
             )
-            return None
-        leaves, structure = tree_flatten((args, named))
-        beside = [i for i, value in enumerate(leaves) if isinstance(value, Tensor)]
-        if beside and (self.beside is None or (self.beside == "rows" and not self._are_rows_of(x, leaves, beside))):
-            return None  # a tensor beside x belongs to all groups, or to some of them: nobody knows
-        kept = [None if i in beside else value for i, value in enumerate(leaves)]  # the pass holds tensors, not this
-        cut = beside if self.beside == "rows" else []
+            return "hooks or a replaced forward are on a module inside"
         norms = [m for part in self.modules for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if any(norm.training or norm.running_mean is None for norm in norms):
-            return None  # its statistics are over all groups
+            return "its batch statistics are over all samples"
+        try:
+            words = words_of(self.beside, x, args, named, positional)
+        except RunsWhole as reason:
+            return str(reason)
+        if not isinstance(self.independent, str) and set(words) - {"unused"}:
+            return "its own groups know no tensors beside x but unused ones"
+        leaves, structure = tree_flatten((args, named))
+        beside = [i for i, value in enumerate(leaves) if isinstance(value, Tensor)]
+        kept = [None if i in beside else value for i, value in enumerate(leaves)]  # the pass holds tensors, not this
+        used = [i for i, word in zip(beside, words, strict=True) if word != "unused"]
 
-        def function(chunk: Tensor, *rows: Tensor) -> Tensor:
+        def function(chunk: Tensor, *own: Tensor) -> Tensor:
             given = list(kept)
-            for position, tensor in zip(cut, rows, strict=True):
+            for position, tensor in zip(used, own, strict=True):
                 given[position] = tensor
             own_args, own_named = tree_unflatten(given, structure)
             return self.function(chunk, *own_args, **own_named)
 
-        if self.independent == "tokens":
-            groups = Groups(function, x.shape, x.dim() - 1)
-        elif self.independent == "samples":
-            groups = Groups(function, x.shape, 1)
-        else:
+        if not isinstance(self.independent, str):
             groups = self.independent(x)
-        chunks = Chunks(groups, self.modules, self.drop_path, mib * 2**20, cuts_beside=bool(cut))
+        elif self.independent == "tokens" and not set(words) - {"rows", "unused"}:
+            groups = Groups(function, x.shape, x.dim() - 1)
+        else:
+            groups = Groups(function, x.shape, 1)
+        chunks = Chunks(groups, self.modules, self.drop_path, mib * 2**20, beside=words)
         # all in one: the branch as it is, which needs no buffers to collect the results in
-        return None if chunks.size == groups.count and isinstance(self.independent, str) else chunks
-
-    def _are_rows_of(self, x: Tensor, leaves: Sequence[Any], beside: Sequence[int]) -> bool:
-        """Whether all tensors beside x have a row for each of its rows, and the branch is cut along rows."""
-        return isinstance(self.independent, str) and all(leaves[i].shape[:-1] == x.shape[:-1] for i in beside)
+        return SMALL if chunks.size == groups.count and isinstance(self.independent, str) else chunks
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Each once."""

@@ -67,8 +67,8 @@ class Groups:
 
 
 class Chunks:
-    """A branch cut for an input of one shape: its groups, how many of them at a time, its drop path, and whether the
-    tensors beside x are cut with it (else it does not use them)."""
+    """A branch cut for an input of one shape: its groups, how many of them at a time, its drop path, and what each
+    tensor beside x is to it (`beside.py`); by "samples" is cut only what has as many as there are groups."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class Chunks:
         drop_path: nn.Module | None,
         budget: float,
         *,
-        cuts_beside: bool = False,
+        beside: Sequence[str] = (),
     ) -> None:
         self.groups = groups
         self.drop_path = drop_path
-        self.cuts_beside = cuts_beside
+        self.beside = tuple(beside)
         self.size = int(max(1, min(groups.count, budget / (4 * groups.floats(modules)))))
 
     def spans(self, x: Tensor, *, all_of_them: bool = False) -> Iterator[tuple[int, int]]:
@@ -101,6 +101,16 @@ class Chunks:
         ones = x.new_ones(len(x), 1)
         found = self.drop_path(ones)
         return None if found is ones else found
+
+    def side(self, beside: Sequence[Tensor], start: int, stop: int, where: Any) -> list[Tensor]:
+        """What these groups get of each tensor beside x that is used."""
+        own = []
+        for word, tensor in zip(self.beside, beside, strict=True):
+            if word == "rows":
+                own.append(self.groups.take(_rows(tensor), where))
+            elif word != "unused":
+                own.append(tensor[start:stop] if word == "samples" else tensor)
+        return own
 
     def call(
         self, chunk: Tensor, start: int, stop: int, where: Any, factors: Tensor | None, shared: Sequence[Tensor]
@@ -125,18 +135,17 @@ def evaluate(
 ) -> Tensor:
     """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it.
 
-    beside: the tensors beside x, used only where they are cut with it. plus: alpha of F(x) + alpha x, which is then
+    beside: all tensors beside x. plus: alpha of F(x) + alpha x, which is then
     made in its place, in the dtype that the sum has, so that F(x) is never there as a whole; only without a graph.
     """
     assert plus is None or not keep_graph
     rows = _rows(x)
-    side_rows = [_rows(t) for t in beside] if chunks.cuts_beside else []
     out = _buffer(rows) if plus is None else None
     shared, factors = chunks.groups.shared(), chunks.factors(x)
     for start, stop in chunks.spans(x, all_of_them=keep_graph):
         where = chunks.groups.where(start, stop, x.device)
         chunk = chunks.groups.take(rows, where)
-        side = [chunks.groups.take(t, where) for t in side_rows]
+        side = chunks.side(beside, start, stop, where)
         if not keep_graph:
             chunk = chunk.detach().requires_grad_(x.requires_grad)
             side = [t.detach().requires_grad_(t.requires_grad) for t in side]
@@ -174,31 +183,27 @@ def differentiate(
     """
     rows, grad_rows = _rows(x.detach()), _rows(grad)
     out, grad_x = _buffer(rows) if keep_f else None, _buffer(rows) if x.requires_grad else None
-    side_rows = [_rows(t.detach()) for t in beside] if chunks.cuts_beside else []
-    of_beside = [_buffer(r) if t.requires_grad else None for r, t in zip(side_rows, beside, strict=False)]
+    side = _Side(chunks, beside)
     with surroundings():
         shared, factors = chunks.groups.shared(), chunks.factors(x)
     for value in shared:
         watch(value, parameters)
     leaves = [s.detach().requires_grad_(s.requires_grad) for s in shared]
-    inputs = [t for t in (*leaves, *parameters) if t.requires_grad]
+    inputs = [t for t in (*leaves, *side.shared, *parameters) if t.requires_grad]
     sums: list[Tensor | None] = [None] * len(inputs)
     for start, stop in chunks.spans(x):
         where = chunks.groups.where(start, stop, x.device)
         chunk = chunks.groups.take(rows, where).detach().requires_grad_(x.requires_grad)
-        side = [
-            chunks.groups.take(r, where).detach().requires_grad_(g is not None)
-            for r, g in zip(side_rows, of_beside, strict=True)
-        ]
+        own = side.take(start, stop, where)
         grad_chunk = chunks.groups.take(grad_rows, where)
         with surroundings():
-            given = [t.view_as(t) for t in (*leaves, *side)]
+            given = [t.view_as(t) for t in (*leaves, *own)]
             f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
-        watch(f, [chunk, *leaves, *side, *parameters])
+        watch(f, [chunk, *leaves, *own, *parameters])
         if out is not None:
             chunks.groups.put(out, f.detach(), where)
         wanted = [chunk] if grad_x is not None else []
-        wanted += [*(t for t in side if t.requires_grad), *inputs]
+        wanted += [*side.cut, *inputs]
         found: list[Tensor | None] = [None] * len(wanted)
         if f.requires_grad:
             edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad_chunk.to(f.dtype)
@@ -213,11 +218,7 @@ def differentiate(
                 of_chunk = (grad_chunk * alpha).add_(of_chunk)
             chunks.groups.put(grad_x, of_chunk, where)
             del of_chunk
-        for t, buffer in zip(side, of_beside, strict=True):
-            if buffer is not None:
-                of_side = found.pop(0)
-                chunks.groups.put(buffer, torch.zeros_like(t) if of_side is None else of_side, where)
-                del of_side
+        side.put([found.pop(0) for _ in side.cut], start, stop, where)
         for k in reversed(range(len(inputs))):
             part, before = found.pop(), sums[k]
             if part is not None:
@@ -225,17 +226,61 @@ def differentiate(
                 sums[k] = part if before is None else before + part  # `part` may be shared: not in place
             del part, before  # the next chunk is to find the sums only
     of_shared = [sums.pop(0) if leaf.requires_grad else None for leaf in leaves]
+    of_side = side.gradients([sums.pop(0) for _ in side.shared])
     pairs = [(s, g.to(s.dtype)) for s, g in zip(shared, of_shared, strict=True) if g is not None]
     if pairs:
         more = torch.autograd.grad([s for s, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True)
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, more, strict=True)]
     of_parameters = [None if g is None else g.to(p.dtype) for g, p in zip(sums, parameters, strict=True)]
-    of_rest = [
-        None if i >= len(of_beside) or (g := of_beside[i]) is None else g[:-1].view(t.shape)
-        for i, t in enumerate(beside)
-    ]
     f_of_all = None if out is None else out[:-1].view(x.shape)
-    return f_of_all, None if grad_x is None else grad_x[:-1].view(x.shape), [*of_rest, *of_parameters]
+    return f_of_all, None if grad_x is None else grad_x[:-1].view(x.shape), [*of_side, *of_parameters]
+
+
+class _Side:
+    """The tensors beside x while a branch is differentiated: what each chunk gets of them, and their gradients."""
+
+    def __init__(self, chunks: Chunks, beside: Sequence[Tensor]) -> None:
+        self.chunks = chunks
+        self.tensors = [t.detach().requires_grad_(t.requires_grad) for t in beside]
+        words = list(zip(self.tensors, chunks.beside, strict=True))
+        self.shared = [t for t, word in words if word == "shared" and t.requires_grad]
+        self.buffers = {  # of what is cut, by position
+            i: _buffer(_rows(t)) if word == "rows" else torch.empty_like(t)
+            for i, (t, word) in enumerate(words)
+            if t.requires_grad and word in ("rows", "samples")
+        }
+        self.cut: list[Tensor] = []  # of the present chunk, those that want gradients
+
+    def take(self, start: int, stop: int, where: Any) -> list[Tensor]:
+        """As `Chunks.side`; what is cut is fresh, and has no graph behind it."""
+        words = [word for word in self.chunks.beside if word != "unused"]
+        own = []
+        self.cut = []
+        for word, tensor in zip(words, self.chunks.side(self.tensors, start, stop, where), strict=True):
+            if word != "shared":
+                tensor = tensor.detach().requires_grad_(tensor.requires_grad)
+                self.cut += [tensor] if tensor.requires_grad else []
+            own.append(tensor)
+        return own
+
+    def put(self, found: Sequence[Tensor | None], start: int, stop: int, where: Any) -> None:
+        """The present chunk's gradients of `cut`."""
+        for (i, buffer), leaf, gradient in zip(self.buffers.items(), self.cut, found, strict=True):
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            if self.chunks.beside[i] == "rows":
+                self.chunks.groups.put(buffer, gradient, where)
+            else:
+                buffer[start:stop] = gradient
+
+    def gradients(self, of_shared: list[Tensor | None]) -> list[Tensor | None]:
+        """One per tensor, None where none is wanted, given the sums over all chunks of `shared`."""
+        of_cut = {i: (b[:-1] if self.chunks.beside[i] == "rows" else b) for i, b in self.buffers.items()}
+        sums = {id(t): gradient for t, gradient in zip(self.shared, of_shared, strict=True)}
+        found: list[Tensor | None] = []
+        for i, t in enumerate(self.tensors):
+            gradient = of_cut[i].view(t.shape) if i in of_cut else sums.get(id(t))
+            found.append(None if gradient is None else gradient.to(t.dtype))
+        return found
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ model computes what the original computes. Not here: what the branches of a bloc
 import functools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from dr2net.beside import refuse_unknown_arguments
 from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
@@ -42,7 +44,7 @@ class Report:
         ]
         for index, container in enumerate(self.converted):
             if isinstance(sequence := container(), ReversibleSequence):  # and not deconverted since
-                lines[index] += f"; {sequence.ran or 'none'} of them ran in the last pass"
+                lines[index] += f"; {sequence.ran or 'none'} of them ran in the last pass{_in_chunks(sequence)}"
         lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
         share = self.reversible_parameters / max(1, self.all_parameters)
         lines += [
@@ -50,6 +52,17 @@ class Report:
             "a conversion starts at (alpha, beta) = (1, 0), the plain network: see dr2net.set_coefficients",
         ]
         return "\n".join(lines)
+
+
+def _in_chunks(sequence: ReversibleSequence) -> str:
+    """How many branches of the last pass ran in chunks, and why the others did not, where `chunk_mib` asks for it."""
+    if sequence.chunk_mib is None or not sequence.ran:
+        return ""
+    whole = Counter((name.rpartition(".")[2], reason) for name, reason in sequence.whole.items())
+    cut = sequence.ran - whole.total()
+    text = f", {cut} in chunks of {sequence.chunk_mib:g} MiB"
+    text += "" if cut else f", so that chunk_mib={sequence.chunk_mib:g} has no effect there"
+    return text + "".join(f"\n    as a whole: {count} {name!r}: {reason}" for (name, reason), count in whole.items())
 
 
 def convert(model: nn.Module, options: Options | None = None, **changes: Any) -> Report:
@@ -292,4 +305,6 @@ def _check(containers: dict[str, nn.Module]) -> None:
 
 def _check_block(block: nn.Module, name: str, branches: tuple[Branch, ...]) -> None:
     refuse_patched(block, name)
+    for branch in branches:
+        refuse_unknown_arguments(block, f"branch {name}.{branch.name}", branch.beside)
     refuse_uncovered(block, name, branches)

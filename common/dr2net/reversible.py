@@ -28,8 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
+from dr2net.beside import positional_names
 from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
 from dr2net.checkpointed import Checkpointed
+from dr2net.chunks import Chunks
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
 from dr2net.foreign import refuse_arguments, refuse_sharded
@@ -77,7 +79,7 @@ class Pass:
                 refuse_uncovered(other, f"block {name}", self.branches[self.end])
             self.end += 1
         if not any(self.branches[: self.expected]):
-            sequence.ran = 0
+            sequence.ran, sequence.whole = 0, {}
             sequence.coefficients.say_doubts(sequence.place)
         self.started = self.ended = False
 
@@ -213,7 +215,7 @@ class Pass:
             dtype=self.dtype,
             parameters=parameters,
             coarse=self.coarse,
-            chunks=branch.chunks(self.x, args, named, self.sequence.chunk_mib),
+            chunks=self._chunks(branch, name, args, named),
         )
         if self.sequence.store:
             result = self._stored(node, side)
@@ -231,6 +233,17 @@ class Pass:
             following = result
         self.x, self.previous = following, self.x
         self.index += 1
+
+    def _chunks(self, branch: Branch, name: str, args: tuple, named: dict[str, Any]) -> Chunks | None:
+        """How the branch is cut, if chunks are asked for; why it is not is noted for the report."""
+        if self.sequence.chunk_mib is None:
+            return None
+        names = positional_names(self.blocks[self.expected][1])
+        chunks = branch.chunks(self.x, args, named, self.sequence.chunk_mib, names)
+        if isinstance(chunks, str):
+            self.sequence.whole[name] = chunks
+            return None
+        return chunks
 
     def _stored(self, node: Node, side: list[Tensor]) -> Any:
         """The same arithmetic under plain autograd; on the grid, the gradient passes straight through the rounding."""

@@ -40,7 +40,8 @@ class ReversibleSequence(nn.Module):
     x: (B, ...) with at least two dimensions. Blocks without branches run as they are; the reversible blocks between two
     of them are one run. alpha and beta are set by `dr2net.set_coefficients` or a `dr2net.Schedule`, and are (1, 0) at
     first. `ran` is the number of branches that ran in the last pass, 0 before the first: if it stays below
-    `num_branches()`, the model does not call its blocks. `computed_in` is the dtype they computed in.
+    `num_branches()`, the model does not call its blocks. `whole` says which of them `chunk_mib` did not cut, and why.
+    `computed_in` is the dtype they computed in.
     """
 
     container_type: type[nn.Module]  # the class that the container had
@@ -55,6 +56,7 @@ class ReversibleSequence(nn.Module):
         self.place = place  # name in the model
         self.coefficients = Coefficients(fixed=checkpointed)
         self.ran = 0
+        self.whole: dict[str, str] = {}
         self.computed_in = torch.float32
         self.plain = False
         self.returns: dict[str, Returned | None] = {}
@@ -174,7 +176,7 @@ class ReversibleSequence(nn.Module):
         )
 
 
-STATE: tuple[str, ...] = ("ran", "computed_in")  # in the last pass
+STATE: tuple[str, ...] = ("ran", "whole", "computed_in")  # in the last pass
 STATE += ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
 STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 

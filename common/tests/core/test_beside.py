@@ -1,6 +1,7 @@
-"""A tensor beside x that is cut like x: chunks, streams and gradients are those of the whole branch."""
+"""Tensors beside x, cut like x or shared by all chunks: streams and gradients are those of the whole branch."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -108,11 +109,133 @@ def test_a_position_without_gradient_gets_none_and_costs_none() -> None:
 def test_only_what_is_declared_and_has_a_row_for_each_row_is_cut() -> None:
     x = build_input()
     mix, mlp = dr2net.branches_of(PositionBlock(0.0))
-    assert mix.chunks(x, (x,), {}, CHUNK_MIB).cuts_beside
-    assert mix.chunks(x, (), {"position": x}, CHUNK_MIB).cuts_beside
-    assert mix.chunks(x, (x[:1],), {}, CHUNK_MIB) is None, "a tensor that is broadcast is not cut"
-    assert not mlp.chunks(x, (x[:1],), {}, CHUNK_MIB).cuts_beside
+    for beside, word in ((x, "rows"), (x[:1], "shared"), (x[0], "shared")):
+        assert mix.chunks(x, (beside,), {}, CHUNK_MIB).beside == (word,)
+        assert mix.chunks(x, (), {"position": beside}, CHUNK_MIB).beside == (word,)
+    assert "shape (3, 4, 8) has no rows of x, (3, 5, 8)" in mix.chunks(x, (x[:, 1:],), {}, CHUNK_MIB)
+    assert mlp.chunks(x, (x[:1],), {}, CHUNK_MIB).beside == ("unused",)
     assert copy.deepcopy(mlp).beside == "unused"
+
+
+class RichBlock(nn.Module):
+    """Attention with a mask per sample, rotary tables shared by all, positions by row; an MLP scaled per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.value = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def mix(self, x: Tensor, mask: Tensor, tables: Any, position: Tensor) -> Tensor:
+        sin, cos = tables
+        h = self.norm1(x + position)
+        q = h * sin + h.flip(-1) * cos
+        return torch.softmax(q @ h.transpose(1, 2) + mask, -1) @ self.value(h)
+
+    def mlp(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm2(x)))) * scale
+
+    def forward(self, x: Tensor, mask: Tensor, tables: Any, *, position: Tensor, scale: Tensor, name: str) -> Tensor:
+        x = x + self.mix(x, mask, tables, position)
+        return x + self.mlp(x, scale)
+
+
+ATTENTION = {"mask": "samples", "tables": "shared", "position": "rows", "scale": "unused"}
+
+
+@dr2net.branches_of.register
+def _(block: RichBlock):
+    def attention(x, mask, tables, *, position, scale, name):
+        assert name == "text"
+        return block.mix(x, mask, tables, position)
+
+    def mlp(x, mask, tables, *, position, scale, name):
+        return block.mlp(x, scale)
+
+    b = block
+    others = {"mask": "unused", "tables": "unused", "position": "unused"}
+    return (
+        dr2net.Branch("attention", attention, (b.norm1, b.value), independent="samples", beside=ATTENTION),
+        dr2net.Branch("mlp", mlp, (b.norm2, b.up, b.down), independent="tokens", beside={**others, "scale": "samples"}),
+    )
+
+
+def rich_step(net: nn.Module, batch_of_mask: int, by_name: bool) -> tuple[Tensor, list[Tensor]]:
+    """Output, and gradients of all that is beside x, x and the parameters."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(3, 5, WIDTH), (batch_of_mask, 5, 5), (5, WIDTH), (5, WIDTH), (3, 5, WIDTH), (3, 1, 1)]
+    x, mask, sin, cos, position, scale = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+    y = x
+    for block in net:
+        if by_name:
+            y = block(y, mask=mask, tables=(sin, cos), position=position, scale=scale, name="text")
+        else:
+            y = block(y, mask, (sin, cos), position=position, scale=scale, name="text")
+    y.square().sum().backward()
+    return y.detach(), [t.grad for t in (x, mask, sin, cos, position, scale, *net.parameters())]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("batch_of_mask", [1, 3])
+@pytest.mark.parametrize("inversion", ["exact", "anchored"])
+def test_each_kind_of_tensor_beside_x_gets_its_gradient(inversion: str, batch_of_mask: int, by_name: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList(RichBlock() for _ in range(2)).double()
+    ours = converted(net, 0.5, 0.5, inversion=inversion, chunk_mib=CHUNK_MIB)
+    whole = converted(net, 0.5, 0.5, inversion=inversion, store=True)
+    found, expected = (rich_step(net, batch_of_mask, by_name) for net in (ours, whole))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
+    assert relative(found[1], expected[1]) < 1e-8
+    assert ours.whole == {} and all(gradient.abs().sum() > 0 for gradient in found[1])
+
+
+def test_what_runs_as_a_whole_is_told_with_the_reason() -> None:
+    net = net_of()
+    report = dr2net.convert(net, chunk_mib=CHUNK_MIB)
+    assert "in chunks" not in str(report), "before the first pass nobody knows"
+    net(build_input())
+    assert "6 of them ran in the last pass, 6 in chunks of 1e-06 MiB" in str(report)
+    dr2net.deconvert(net)
+    report = dr2net.convert(net, chunk_mib=100)
+    net(build_input())
+    assert "0 in chunks of 100 MiB, so that chunk_mib=100 has no effect there" in str(report)
+    assert "as a whole: 3 'mix': it is smaller than a chunk" in str(report)
+    torch.manual_seed(0)
+    kind = type("Undeclared", (PositionBlock,), {})
+
+    @dr2net.branches_of.register(kind)
+    def _(block: PositionBlock):
+        return (
+            dr2net.Branch("mix", block.mix, (block.norm1, block.value), independent="samples"),
+            dr2net.Branch("mlp", block.mlp, (block.norm2, block.up, block.down), beside="unused"),
+        )
+
+    net.blocks = nn.ModuleList(kind(0.0) for _ in range(2)).double()
+    report = dr2net.convert(net, chunk_mib=CHUNK_MIB)
+    net(build_input())
+    assert "as a whole: 2 'mix': it does not say what the tensor 'position' beside x is (Branch.beside)" in str(report)
+    assert "as a whole: 2 'mlp': it does not say that tokens or samples are independent" in str(report)
+
+
+def test_words_and_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="beside of branch 'mlp' must be one of rows, samples, shared, unused, not 'x'"
+    ):
+        dr2net.Branch("mlp", lambda x: x, (), beside="x")
+    with pytest.raises(ValueError, match="beside of 'mask' of branch 'mlp' must be one of"):
+        dr2net.Branch("mlp", lambda x: x, (), beside={"mask": "batch"})
+    kind = type("Misnamed", (PositionBlock,), {})
+
+    @dr2net.branches_of.register(kind)
+    def _(block: PositionBlock):
+        modules = tuple(block.children())
+        return (dr2net.Branch("mix", block.mix, modules, independent="samples", beside={"places": "rows"}),)
+
+    with pytest.raises(
+        ValueError, match="names 'places', which the forward of Misnamed does not take; it takes x, pos"
+    ):
+        dr2net.convert(nn.Sequential(kind(0.0)))
 
 
 def test_a_part_around_the_blocks_is_recomputed_and_its_statistics_move_once() -> None:
