@@ -16,6 +16,8 @@ from dr2net.schedule import Schedule
 from dr2net.sequence import ReversibleSequence
 from dr2net.verify import Verification, verify
 
+__version__ = "0.3.0"
+
 __all__ = [
     "Branch",
     "GradientError",
