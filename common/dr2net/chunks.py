@@ -132,16 +132,21 @@ def evaluate(
     keep_graph: bool,
     beside: Sequence[Tensor] = (),
     plus: float | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """F(x) in x's dtype, (B, ..., C), computed in `dtype`; without a graph unless asked to keep it.
 
     beside: all tensors beside x. plus: alpha of F(x) + alpha x, which is then
     made in its place, in the dtype that the sum has, so that F(x) is never there as a whole; only without a graph.
+    watch: sees the graph of what is shared and of each chunk.
     """
     assert plus is None or not keep_graph
     rows = _rows(x)
     out = _buffer(rows) if plus is None else None
     shared, factors = chunks.groups.shared(), chunks.factors(x)
+    if watch is not None:
+        for value in shared:
+            watch(value)
     for start, stop in chunks.spans(x, all_of_them=keep_graph):
         where = chunks.groups.where(start, stop, x.device)
         chunk = chunks.groups.take(rows, where)
@@ -151,6 +156,8 @@ def evaluate(
             side = [t.detach().requires_grad_(t.requires_grad) for t in side]
         given = [*shared, *(t.view_as(t) for t in side)]
         f = chunks.call(chunk.view_as(chunk).to(dtype), start, stop, where, factors, given)
+        if watch is not None:
+            watch(f)
         f = f if keep_graph else f.detach()
         if plus:
             f = torch.add(f, chunk.detach(), alpha=plus)

@@ -2,6 +2,8 @@
 return its gradient.
 
     refuse_foreign(f, known, name)        after a branch was recomputed: does its graph reach anything else that trains?
+    Reached                               and does it still reach each parameter that it reached in forward?
+    caught(name, tensor)                  in place of what the first run saved: somebody differentiates through that
     refuse_arguments(values, name)        before it is recorded: objects that remember would be written to twice
     with hooks_suspended(parameters)      a user's hooks on parameters run once, on the gradient that autograd sums
 
@@ -10,7 +12,7 @@ Not here: buffers, which may not move twice (`module_state.py`), randomness (`rn
 
 import enum
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,28 +31,79 @@ PLAIN = (
 )
 
 
-def refuse_foreign(f: Tensor, known: Iterable[Tensor], name: str) -> None:
+def refuse_foreign(f: Tensor, known: Iterable[Tensor], name: str) -> set[int]:
     """RuntimeError if the graph of `f`, what branch `name` computed, reaches a leaf that is not among `known`.
 
-    Tensors of `known` that are no leaves are not looked behind.
+    Tensors of `known` that are no leaves are not looked behind. Returns the ids of the leaves.
     """
     known = list(known)
-    leaves = {id(tensor) for tensor in known}
-    edges = {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None}
-    ends, seen = [f.grad_fn], set()
+    ids = {id(tensor) for tensor in known}
+    leaves = _leaves(f, {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None})
+    for leaf in leaves:
+        if id(leaf) not in ids:
+            raise RuntimeError(
+                f"branch {name} uses a tensor that trains, of shape {tuple(leaf.shape)}, which none of its modules "
+                "holds, so its gradient would be lost. Name what holds it where the branch is registered, as in "
+                f"Branch(..., modules=(block.mlp, model.gate)). {WRAPPERS}"
+            )
+    return {id(leaf) for leaf in leaves}
+
+
+def _leaves(f: Tensor, edges: Container[Any] = ()) -> list[Tensor]:
+    """Those that the graph of `f` reaches, not looking behind `edges`."""
+    ends, seen, leaves = [f.grad_fn], set(), []
     while ends:
         node = ends.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)  # of AccumulateGrad
-        if isinstance(variable, Tensor) and id(variable) not in leaves:
-            raise RuntimeError(
-                f"branch {name} uses a tensor that trains, of shape {tuple(variable.shape)}, which none of its modules "
-                "holds, so its gradient would be lost. Name what holds it where the branch is registered, as in "
-                f"Branch(..., modules=(block.mlp, model.gate)). {WRAPPERS}"
-            )
+        if isinstance(variable, Tensor):
+            leaves.append(variable)
         ends += [following for following, number in node.next_functions if (following, number) not in edges]
+    return leaves
+
+
+class Reached:
+    """The leaves that a branch's graph, as a whole or in parts, reaches in forward, and again in recomputation."""
+
+    def __init__(self) -> None:
+        self.before: set[int] = set()  # ids
+        self.now: set[int] = set()
+
+    def note(self, f: Tensor) -> None:
+        """In forward."""
+        self.before.update(id(leaf) for leaf in _leaves(f))
+
+    def compare(self, f: Tensor, known: Iterable[Tensor], name: str) -> None:
+        """In recomputation; RuntimeError as `refuse_foreign`."""
+        self.now |= refuse_foreign(f, known, name)
+
+    def refuse_lost(self, parameters: Sequence[nn.Parameter], name: str) -> None:
+        """RuntimeError for a parameter that forward used and the recomputation did not: it would get no gradient."""
+        lost, self.now = self.before - self.now, set()
+        _refuse((p for p in parameters if id(p) in lost), name)
+
+    def refuse_frozen(self, parameters: Sequence[nn.Parameter], name: str) -> None:
+        """RuntimeError for a parameter that trained in forward and does not now, before it is recomputed."""
+        _refuse((p for p in parameters if not p.requires_grad), name)
+
+
+def _refuse(lost: Iterable[nn.Parameter], name: str) -> None:
+    for parameter in lost:
+        raise RuntimeError(
+            f"a parameter of branch {name}, shape {tuple(parameter.shape)}, trained in forward and would get no "
+            "gradient now: it was frozen, replaced or moved between forward and backward. Do that before forward or "
+            "after backward"
+        )
+
+
+def caught(name: str, tensor: Tensor) -> Tensor:
+    """In place of what the first run of a branch saved: that is differentiated only through a tensor caught in it."""
+    raise RuntimeError(
+        f"a loss depends on a tensor caught inside branch {name} of a reversible sequence (by a hook, say), whose "
+        "gradient would not reach the layers before it. Use the output of a block, or convert with store=True"
+    )
 
 
 def refuse_sharded(parameters: Sequence[nn.Parameter], name: str) -> None:

@@ -28,7 +28,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, evaluate
-from dr2net.foreign import hooks_suspended, refuse_changed_arguments, refuse_foreign
+from dr2net.foreign import Reached, caught, hooks_suspended, refuse_changed_arguments
 from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 
@@ -97,6 +97,7 @@ class Node:
     chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
     modes: list[bool] = field(default_factory=list)  # training or evaluation, of each module
+    reached: Reached = field(default_factory=Reached)  # the parameters that F uses
     needs: tuple[bool, ...] = ()  # whether x, and each tensor of the side, wants a gradient
     autocast: dict[str, Any] = field(default_factory=dict)
     random: rng.States | None = None
@@ -110,11 +111,14 @@ class Node:
         version = version_of(x)
         with self.surroundings(first=first):
             if self.chunks is not None:
-                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored, beside=side, plus=plus)
+                watch = self.reached.note if first else None
+                f = evaluate(self.chunks, x, self.dtype, keep_graph=self.stored, beside=side, plus=plus, watch=watch)
             else:
                 # a view, because module hooks that watch the backward (FLOP counters) cannot stand leaves inside one
                 f = self.branch(x.view_as(x).to(self.dtype), *args, **named)
                 refuse_changed_arguments((args, named), self.structure, arguments, self.name)
+                if first:
+                    self.reached.note(f)
         if f.shape != x.shape:
             raise ValueError(
                 f"branch {self.name} turned {tuple(x.shape)} into {tuple(f.shape)}; it must keep the shape"
@@ -145,7 +149,7 @@ class Node:
     def run(self, x: Tensor, side: list[Tensor], needs: Sequence[bool], *, plus: float | None = None) -> Tensor:
         """F for the first time; with `plus` = alpha, F(x) + alpha x. Where it is recorded, with gradients as in the
         recomputation, since other kernels may be chosen without; the graph is dropped at once, and whoever caught a
-        tensor of it gets an error (`_caught`).
+        tensor of it gets an error (`foreign.caught`).
         """
         if not self.recording:
             return self.call(x.detach(), side, plus=plus)
@@ -159,7 +163,8 @@ class Node:
         inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
         with torch.enable_grad(), rng.replay(self.random, x), StatisticsKept(self.branch.modules):
             f = self.call(inputs[0], [t.view_as(t) for t in inputs[1:]])
-        refuse_foreign(f, [*inputs, *self.parameters], self.name)
+        self.reached.compare(f, [*inputs, *self.parameters], self.name)
+        self.reached.refuse_lost(self.parameters, self.name)
         return Recomputed(inputs[0], inputs[1:], f)
 
     def first(
@@ -207,11 +212,13 @@ class Node:
         assert self.chunks is not None
         self.refuse_changes()
         x, *side = [t.detach().requires_grad_(need) for t, need in zip((x, *side), self.needs, strict=True)]
-        watch = functools.partial(refuse_foreign, name=self.name)
+        watch = functools.partial(self.reached.compare, name=self.name)
         kept, suspended = StatisticsKept(self.branch.modules), hooks_suspended(self.parameters)
         with torch.enable_grad(), rng.replay(self.random, x), kept, suspended:
             own = (self.alpha, self.parameters, self.surroundings, watch, side)
-            return differentiate(self.chunks, x, grad, self.dtype, *own, keep_f=keep_f)
+            found = differentiate(self.chunks, x, grad, self.dtype, *own, keep_f=keep_f)
+        self.reached.refuse_lost(self.parameters, self.name)
+        return found
 
     def remember(self) -> None:
         """What must be the same when the branch is recomputed."""
@@ -220,6 +227,7 @@ class Node:
 
     def refuse_changes(self) -> None:
         """RuntimeError for what has changed since `remember`."""
+        self.reached.refuse_frozen(self.parameters, self.name)
         for parameter, version in zip(self.parameters, self.versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(
@@ -238,7 +246,7 @@ class Node:
             if not self.stored:
                 # what the branch saves lives for one branch only: the caller's own hooks (offloading, counting) are not
                 # for it
-                unpack = functools.partial(_caught, self.name) if first else _without_graph
+                unpack = functools.partial(caught, self.name) if first else _without_graph
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_without_graph, unpack))
             if self.autocast:
                 # the cache would hand a weight cast under no_grad to the recomputation, which then finds no gradient
@@ -370,14 +378,6 @@ def _verify(tape: Tape) -> None:
             "float inversion also coefficients at which streams grow and are rebuilt too roughly. Keep the model as "
             "it was until backward is done, or leave the block out of the conversion"
         )
-
-
-def _caught(name: str, tensor: Tensor) -> Tensor:
-    """In place of what the first run of a branch saved: that is differentiated only through a tensor caught in it."""
-    raise RuntimeError(
-        f"a loss depends on a tensor caught inside branch {name} of a reversible sequence (by a hook, say), whose "
-        "gradient would not reach the layers before it. Use the output of a block, or convert with store=True"
-    )
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -247,6 +247,33 @@ def test_sharded_parameters_are_refused_with_the_remedy() -> None:
         net(batch())
 
 
+def test_parameters_that_deepspeed_takes_apart_are_refused_with_the_remedy() -> None:
+    net = converted()
+    net.blocks[0].part.up.weight.ds_id = 0  # what ZeRO-3 puts on a parameter
+    with pytest.raises(RuntimeError, match="ZeRO-3.*use ZeRO-1 or ZeRO-2, or PyTorch's fully_shard"):
+        net(batch())
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("change", ["frozen", "replaced"])
+def test_a_parameter_that_is_lost_before_backward_is_an_error(way: tuple[str, float | None], change: str) -> None:
+    net = converted(*way)
+    loss, layer = net(batch()).sum(), net.blocks[1].part.up
+    if change == "frozen":
+        layer.weight.requires_grad_(False)
+    else:  # as a wrapper does that puts its own tensor there during a call
+        layer.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"a parameter of branch 1.part, shape \(16, 8\), trained in forward"):
+        loss.backward()
+
+
+def test_a_parameter_that_is_never_used_stays_without_a_gradient() -> None:
+    net = converted()
+    net.blocks[0].part.unused = nn.Linear(2, 2)
+    net(batch()).sum().backward()
+    assert net.blocks[0].part.unused.weight.grad is None and net.blocks[0].part.up.weight.grad is not None
+
+
 def test_the_graph_is_not_looked_at_behind_what_is_known() -> None:
     outer = torch.ones(2, requires_grad=True)
     known = outer * 2
