@@ -12,6 +12,7 @@ from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, recomp
 from dr2net.error_law import anchor_spacing, growth, predicted_error
 from dr2net.gradient_check import GradientError, gradient_error
 from dr2net.options import Options
+from dr2net.saving import restore, save
 from dr2net.schedule import Schedule
 from dr2net.sequence import ReversibleSequence
 from dr2net.verify import Verification, verify
@@ -35,6 +36,8 @@ __all__ = [
     "growth",
     "predicted_error",
     "recompute",
+    "restore",
+    "save",
     "set_coefficients",
     "verify",
 ]

@@ -32,6 +32,10 @@ class Coefficients:
     def choose(self, alpha: float, beta: float | Fraction) -> None:
         self.alpha, self.beta, self.chosen, self.origin, self.doubt = alpha, beta, True, None, ""
 
+    def take(self, alpha: float, beta: float | Fraction) -> None:
+        """Those of the weights, from a file."""
+        self.alpha, self.beta, self.origin, self.doubt = alpha, beta, None, ""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Coefficients":
         return Coefficients(self.alpha, self.beta, origin=self.origin or self, doubt=self.doubt, fixed=self.fixed)
 
@@ -50,14 +54,15 @@ class Coefficients:
             if not self.settled and "version" not in metadata:  # with a version it is a plain model's: (1, 0) is right
                 self.doubt = (
                     f"{name} runs at (alpha, beta) = (1, 0), the plain network, with weights from a file that does not "
-                    "say at which coefficients they were trained; call dr2net.set_coefficients(model, alpha, beta) "
-                    "with those of the end of their training, (1, 0) for weights that were not trained reversibly"
+                    "say at which coefficients they were trained; load with dr2net.restore(model, folder) what "
+                    "dr2net.save wrote, or call dr2net.set_coefficients(model, alpha, beta) with those of the end of "
+                    "their training, (1, 0) for weights that were not trained reversibly"
                 )
             return
         alpha, beta = saved["alpha"], saved["beta"]
         beta = beta if isinstance(beta, float) else Fraction(*beta)
         if not self.settled:
-            self.alpha, self.beta, self.origin, self.doubt = alpha, beta, None, ""
+            self.take(alpha, beta)
         elif (alpha, beta) != (self.alpha, self.beta):
             self.doubt = (
                 f"{name} runs at (alpha, beta) = {self}, as was set here, with weights that were saved at "

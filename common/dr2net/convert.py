@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dr2net.beside import refuse_unknown_arguments
 from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
+from dr2net.description import KEY, Description, attach, detach, recorded, runs_again
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
 from dr2net.patches import refuse_checkpointing, refuse_patched
@@ -37,6 +38,7 @@ class Report:
     reversible_parameters: int
     all_parameters: int
     converted: tuple[weakref.ref, ...] = field(default=(), repr=False, compare=False)  # the containers, in this order
+    taken: tuple[tuple[str, str], ...] = ()  # name of a container, coefficients that the model's config had for it
 
     def __str__(self) -> str:
         lines = [
@@ -49,8 +51,12 @@ class Report:
         share = self.reversible_parameters / max(1, self.all_parameters)
         lines += [
             f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks",
-            "a conversion starts at (alpha, beta) = (1, 0), the plain network: see dr2net.set_coefficients",
         ]
+        lines += [f"{name} is at (alpha, beta) = {at}, as its weights were saved" for name, at in self.taken]
+        if not self.taken:
+            lines.append(
+                "a conversion starts at (alpha, beta) = (1, 0), the plain network: see dr2net.set_coefficients"
+            )
         return "\n".join(lines)
 
 
@@ -71,8 +77,9 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     options: how, see `dr2net.Options`; None: the defaults. changes: single options by name, as in
     `convert(model, chunk_mib=256, recompute_rest=True)`. TypeError for a name that is none.
 
-    The coefficients start at (1, 0), whatever the weights were trained with. Hooks, and what is put on modules inside
-    the blocks, are honored, now and later.
+    The coefficients start at (1, 0), whatever the weights were trained with; but those of a transformers model whose
+    config says with which it was saved (`model.config.dr2net`) start there, and the report says so. Hooks, and what is
+    put on modules inside the blocks, are honored, now and later.
 
     Raises ValueError if nothing in the model can be converted, naming the blocks and the reasons; if the model is
     converted already; for what would make it compute something else (`patches.py`): a `forward` replaced on a block,
@@ -97,18 +104,40 @@ def _convert(model: nn.Module, options: Options, *, checkpointed: bool) -> Repor
                 ordinary.append((_join(name, child), reason))
         sequences.append((name or type(model).__name__, blocks, num_branches))
     _check(found)
+    known = None if checkpointed else recorded(model)
+    if known is not None:
+        known.refuse_unfit(options.inversion, f"{type(model).__name__}.config.{KEY}")
     for name, container in found.items():
         make_reversible(container, options, name or type(model).__name__, checkpointed=checkpointed)
     reversible = {block for c in found.values() for block in c.children() if find_branches(block)[0]}
     for module in dict.fromkeys(_rest(model, reversible)) if options.recompute_rest else ():
         _checkpoint(module)
+    taken = _take(known, found)
+    attach(model)
     return Report(
         tuple(sequences),
         (*ordinary, *elsewhere.items()),
         sum(p.numel() for p in inside),
         sum(p.numel() for p in model.parameters()),
         tuple(weakref.ref(container) for container in found.values()),
+        taken,
     )
+
+
+def _take(known: Description | None, containers: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Set the coefficients that the weights were saved with; by name, those that were."""
+    if known is None:
+        return ()
+    fitting = known.found_in(containers)
+    for name, described in fitting.items():
+        containers[name].coefficients.take(described.coefficients.alpha, described.coefficients.beta)
+    if len(fitting) < len(known.sequences):
+        warnings.warn(
+            f"config.{KEY} has coefficients of {', '.join(known.sequences)}, not all of which are among the reversible "
+            f"sequences of this model, {', '.join(containers)}; set them with dr2net.set_coefficients",
+            stacklevel=4,
+        )
+    return tuple((name, str(described.coefficients)) for name, described in fitting.items())
 
 
 def deconvert(model: nn.Module) -> None:
@@ -130,7 +159,7 @@ def deconvert(model: nn.Module) -> None:
                 )
             make_plain(module, name or type(model).__name__)
             undone += 1
-        if getattr(module.__dict__.get("forward"), "func", None) is checkpoint:
+        if runs_again(module):
             plain = module.forward.args[0].args[0]  # see _checkpoint
             del module.forward
             if plain != module.forward:  # it was replaced on the instance before
@@ -138,6 +167,7 @@ def deconvert(model: nn.Module) -> None:
             undone += 1
     if not undone:
         raise ValueError(f"{type(model).__name__} has no reversible or checkpointed blocks to undo")
+    detach(model)
 
 
 def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recompute_rest: bool = False) -> int:
@@ -152,6 +182,7 @@ def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recom
     """
     options = Options(inversion="float", chunk_mib=chunk_mib)
     found, _ = _containers(model)
+    _leave_saved_coefficients(model)
     children = {block: None for container in found.values() for block in container.children()}
     children = {block: None for block in children if not any(block is container for container in found.values())}
     cut = [block for block in children if chunk_mib is not None and find_branches(block)[0]]
@@ -162,6 +193,21 @@ def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recom
     for module in dict.fromkeys([*whole, *rest]):
         _checkpoint(module)
     return len(cut) + len(whole)
+
+
+def _leave_saved_coefficients(model: nn.Module) -> None:
+    """Warn if the weights were saved at others than (1, 0), which is what checkpointed blocks compute."""
+    known = recorded(model)
+    others = {} if known is None else {name: d.coefficients for name, d in known.sequences.items()}
+    others = {name: at for name, at in others.items() if (at.alpha, at.beta) != (1, 0)}
+    if others:
+        warnings.warn(
+            f"the weights were saved at (alpha, beta) = {next(iter(others.values()))} in {', '.join(others)}, and "
+            "checkpointed blocks compute the plain network, (1, 0), another function; dr2net.convert(model) computes "
+            "what was trained",
+            stacklevel=3,
+        )
+    detach(model)
 
 
 def recompute(module: nn.Module) -> None:
@@ -200,10 +246,7 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     inside: set[nn.Module] = set()
     for module_name, module in model.named_modules():
         name = module_name or type(model).__name__
-        if (
-            isinstance(module, ReversibleSequence)
-            or getattr(module.__dict__.get("forward"), "func", None) is checkpoint
-        ):
+        if isinstance(module, ReversibleSequence) or runs_again(module):
             raise ValueError(f"{name} is converted already; call dr2net.deconvert(model) first")
         refuse_checkpointing(module, name)
         if module in inside:  # of a reversible block: runs as part of its branches
