@@ -11,7 +11,8 @@
 Both count live tensor bytes: every storage that an operator returns, from then until nobody refers to it, views counted
 once. They see neither what a kernel allocates and frees inside one operator, nor fragmentation, nor the CUDA context;
 `measure` therefore also reports the allocator's peak (CUDA) and the process's. A prediction is made with the operators
-that a CPU would run, because the backward of fake CUDA tensors fails without a GPU.
+that a CPU would run, because the backward of fake CUDA tensors fails without a GPU; under autocast with the dtypes of
+a card.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dr2net.cuda_autocast import cuda_autocast
 
 Category = Literal["parameters", "gradients", "optimizer", "stored", "temporaries"]
 Step = Callable[[], object]
@@ -207,8 +210,13 @@ def measure(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     return replace(memory, device=allocator, process=process_peak())
 
 
-def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) -> Memory:
-    """What `measure` would report on a CPU, from fake tensors: nothing is computed and nothing large is allocated.
+def predict(
+    step: Step, model: nn.Module, optimizer: Optimizer | None = None, *, like: Literal["cuda", "cpu"] = "cuda"
+) -> Memory:
+    """What `measure` would report, from fake tensors on a CPU: nothing is computed and nothing large is allocated.
+
+    like: whose autocast decides what is float32, a card's (`cuda_autocast.py`) or this CPU's, with which the number is
+    that of `measure` on a CPU. Without autocast it makes no difference.
 
     Model and optimizer get fake parameters while `step` runs, and their own ones back afterwards; the model may live on
     torch's "meta" device. With an optimizer, a step that leaves gradients behind runs twice, and the second, which
@@ -216,7 +224,8 @@ def predict(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     `if loss > 1:`) cannot be predicted and raises. Takes seconds; a branch in many chunks no longer than one in three.
     """
     _device_of(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer):
+    lists = cuda_autocast() if like == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer), lists:
         memory = _run(step, model, optimizer, "cpu")
         if optimizer is not None and any(parameter.grad is not None for parameter in model.parameters()):
             memory = _run(step, model, optimizer, "cpu")

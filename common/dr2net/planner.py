@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,10 @@ def training_step(
     return step
 
 
-def predictor(model: nn.Module, method: str, setting: Setting) -> Callable[[Shape], Memory]:
-    """A function of the input's shape: the predicted Memory of a training step. Errors as `apply`.
+def predictor(
+    model: nn.Module, method: str, setting: Setting, *, like: Literal["cuda", "cpu"] = "cuda"
+) -> Callable[[Shape], Memory]:
+    """A function of the input's shape: the predicted Memory of a training step. Errors as `apply`. like: see `predict`.
 
     model: unconverted, in training mode; it is copied. It may live on the "meta" device.
     """
@@ -130,14 +133,16 @@ def predictor(model: nn.Module, method: str, setting: Setting) -> Callable[[Shap
     def predict_at(shape: Shape) -> Memory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `dr2net check`
-            return predict(training_step(model, optimizer, shape, setting.precision, "cpu"), model, optimizer)
+            step = training_step(model, optimizer, shape, setting.precision, "cpu")
+            return predict(step, model, optimizer, like=like)
 
     return predict_at
 
 
 def calibrate(model: nn.Module, method: str, setting: Setting, shape: Shape, device: str) -> tuple[Memory, Memory]:
     """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`."""
-    predicted = predictor(model, method, setting)(shape)
+    like: Literal["cuda", "cpu"] = "cpu" if torch.device(device).type == "cpu" else "cuda"
+    predicted = predictor(model, method, setting, like=like)(shape)
     model = copy.deepcopy(model)
     apply(model, method, setting)
     model.to(device)

@@ -98,7 +98,7 @@ def test_predicted_peak_is_the_measured_one(build, method: str, precision: torch
     model, shape = build()
     apply(method, model)
     step = training_step(model, None, shape, precision)
-    predicted, measured = predict(step, model), measure(step, model)
+    predicted, measured = predict(step, model, like="cpu"), measure(step, model)
     assert measured.activations > measured.parameters + measured.gradients, "the case must be about activations"
     assert predicted.peak == pytest.approx(measured.peak, rel=RELATIVE)
     assert predicted.activations == pytest.approx(measured.activations, rel=RELATIVE)
