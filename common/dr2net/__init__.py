@@ -7,6 +7,7 @@ dr2net.Schedule.constant(7 / 8, 1 / 8).apply(model, progress=0.0)
 loss(model(batch)).backward()                            # activations are rebuilt, bit for bit, not stored
 """
 
+from dr2net import integrations
 from dr2net.branches import Branch, branches_of
 from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, recompute, set_coefficients
 from dr2net.error_law import anchor_spacing, growth, predicted_error
@@ -34,6 +35,7 @@ __all__ = [
     "deconvert",
     "gradient_error",
     "growth",
+    "integrations",
     "predicted_error",
     "recompute",
     "restore",

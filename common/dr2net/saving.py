@@ -43,7 +43,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         _refuse_other_adapters(model)
         cast(Any, model).save_pretrained(folder)
     else:
-        _write_weights(model, folder / WEIGHTS)
+        write_weights(model, folder / WEIGHTS)
     write_description(model, folder)
 
 
@@ -58,7 +58,7 @@ def restore(model: nn.Module, folder: str | os.PathLike) -> None:
     is then as it was.
     """
     folder = Path(folder)
-    description = read_description(folder, _description_file(model))
+    description = read_description(folder, saved_file(model))
     weights = _read_weights(model, folder)
     _compare(weights, _own_weights(model), folder)
     if not any(isinstance(module, ReversibleSequence) for module in model.modules()):
@@ -107,15 +107,22 @@ def read_description(folder: Path, name: str = FILE) -> Description:
     return Description.from_json(value[KEY], f"{path}, {KEY!r},")
 
 
+def names_in(path: Path) -> set[str]:
+    """Of the tensors in a safetensors file. ValueError if it is damaged."""
+    with _open(path) as file:
+        return set(file.keys())
+
+
 def apply_description(model: nn.Module, folder: Path) -> None:
     """Set the coefficients that are saved in `folder`; its weights somebody else has loaded. Errors as `restore`."""
     own = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleSequence)}
-    description = read_description(folder, _description_file(model))
+    description = read_description(folder, saved_file(model))
     for name, described in _fitting(description, list(own), folder).items():
         own[name].set_coefficients(described.coefficients.alpha, described.coefficients.beta)
 
 
-def _description_file(model: nn.Module) -> str:
+def saved_file(model: nn.Module) -> str:
+    """The file of a folder that says what `model` was saved with."""
     return "config.json" if is_transformers(model, "PreTrainedModel") else FILE
 
 
@@ -206,10 +213,11 @@ def _refuse_other_adapters(model: nn.Module) -> None:
         )
 
 
-def _write_weights(model: nn.Module, path: Path) -> None:
+def write_weights(model: nn.Module, path: Path) -> None:
+    """All of them, by the names they have in the model, as safetensors; a tensor under several names once."""
     from_torch = _safetensors().torch
     part = path.with_name(f"{path.name}.part")
-    from_torch.save_model(model, str(part))  # a tensor under several names once
+    from_torch.save_model(model, str(part), {"format": "pt"})  # the format is what transformers looks for
     part.replace(path)
 
 
