@@ -10,7 +10,7 @@ import functools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -109,6 +109,7 @@ def _convert(model: nn.Module, options: Options, *, checkpointed: bool) -> Repor
         known.refuse_unfit(options.inversion, f"{type(model).__name__}.config.{KEY}")
     for name, container in found.items():
         make_reversible(container, options, name or type(model).__name__, checkpointed=checkpointed)
+    _keep_last(found.values(), options.keep)
     reversible = {block for c in found.values() for block in c.children() if find_branches(block)[0]}
     for module in dict.fromkeys(_rest(model, reversible)) if options.recompute_rest else ():
         _checkpoint(module)
@@ -138,6 +139,13 @@ def _take(known: Description | None, containers: dict[str, Any]) -> tuple[tuple[
             stacklevel=4,
         )
     return tuple((name, str(described.coefficients)) for name, described in fitting.items())
+
+
+def _keep_last(containers: Collection[Any], keep: int) -> None:
+    """Deal out, from the model's end, which branches keep their insides; containers in the order they run."""
+    for sequence in reversed(list(containers)):
+        sequence.keep = min(keep, sequence.num_branches())
+        keep -= sequence.keep
 
 
 def deconvert(model: nn.Module) -> None:
@@ -170,7 +178,9 @@ def deconvert(model: nn.Module) -> None:
     detach(model)
 
 
-def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recompute_rest: bool = False) -> int:
+def checkpoint_blocks(
+    model: nn.Module, *, keep: int = 0, chunk_mib: float | None = None, recompute_rest: bool = False
+) -> int:
     """Gradient checkpointing of each block in the containers `convert` takes: the network computes what it computed.
 
     Also of blocks that change the shape. In place, keys unchanged; returns the number of blocks. Raises ValueError as
@@ -179,14 +189,18 @@ def checkpoint_blocks(model: nn.Module, *, chunk_mib: float | None = None, recom
     it can be cut (`Options.chunk_mib`): 256 for hierarchical networks, whose inner activations are larger than their
     streams. None: keep the input of each block, torch.utils.checkpoint around it; half the kept inputs, but a block's
     inner activations as a whole. recompute_rest: also what is not a block (`Options.recompute_rest`).
+    keep: leave the last blocks, that have so many branches together, as they are (`Options.keep`).
     """
-    options = Options(inversion="float", chunk_mib=chunk_mib)
+    options = Options(inversion="float", keep=keep, chunk_mib=chunk_mib)
     found, _ = _containers(model)
     _leave_saved_coefficients(model)
     children = {block: None for container in found.values() for block in container.children()}
     children = {block: None for block in children if not any(block is container for container in found.values())}
     cut = [block for block in children if chunk_mib is not None and find_branches(block)[0]]
     whole = [block for block in children if block not in cut and (find_branches(block)[0] or _can_run_again(block))]
+    while whole and not cut and (num_branches := max(1, len(find_branches(whole[-1])[0]))) <= keep:
+        keep -= num_branches
+        whole.pop()
     if cut:
         _convert(model, options, checkpointed=True)
     rest = dict.fromkeys(_rest(model, set(children))) if recompute_rest else {}

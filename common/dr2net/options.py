@@ -16,6 +16,9 @@ class Options:
     anchor_every: int | None = None  # "anchored": keep both streams every so many branches; None: from `tolerance`
     tolerance: float = TOLERANCE  # relative gradient error above which "float" warns and below which "anchored" stays
     store: bool = False  # keep all activations: the reference; no memory is saved
+    # The dial between memory and time: the last so many branches of the model keep what they compute, as in the plain
+    # network, and are not run again; streams are rebuilt below them. `dr2net.plan_budget` chooses it.
+    keep: int = 0
     # Run and differentiate branches in chunks of about so many MiB (`chunks.py`), torchvision's window attention fused.
     # None: each as a whole, by the model's own code to the last bit. 256 with `recompute_rest` is the setting for
     # hierarchical networks and long inputs.
@@ -29,6 +32,8 @@ class Options:
             raise ValueError(f"inversion must be one of {get_args(Inversion)}, not {self.inversion!r}")
         if self.anchor_every is not None and (self.inversion != "anchored" or self.anchor_every < 1):
             raise ValueError(f"anchor_every={self.anchor_every} needs inversion='anchored' and a value of at least 1")
+        if not isinstance(self.keep, int) or self.keep < 0:
+            raise ValueError(f"keep={self.keep} must be a number of branches, 0 or more")
         if not 0 < self.tolerance < float("inf"):
             raise ValueError(f"tolerance={self.tolerance} must be a positive number, such as 0.001")
         if self.chunk_mib is not None and not 0 < self.chunk_mib < float("inf"):

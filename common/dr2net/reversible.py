@@ -142,6 +142,8 @@ class Pass:
         sequence = self.sequence
         run = [branch for branches in self.branches[index : self.end] for branch in branches]
         self.length = len(run)
+        behind = sum(len(branches) for branches in self.branches[self.end :])
+        self.rebuilt = max(0, self.length - max(0, sequence.keep - behind))  # the others keep their insides
         self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
@@ -160,12 +162,12 @@ class Pass:
             spacing = anchor_spacing(sequence.alpha, float(self.beta), computed_in, sequence.tolerance)
             self.every = sequence.anchor_every or spacing or self.length
         elif sequence.inversion == "float" and torch.is_grad_enabled() and not sequence.store:
-            error = predicted_error(sequence.alpha, float(self.beta), self.length, computed_in)
+            error = predicted_error(sequence.alpha, float(self.beta), max(1, self.rebuilt), computed_in)
             self.coarse = max(5 * error, COARSE) if error < 2 * COARSE else None  # else the streams themselves are off
             if error > sequence.tolerance:
                 warnings.warn(
                     # no coefficients: they may move at each step, and Python shows each text once
-                    f"float inversion of {self.length} branches in {computed_in} has a predicted relative gradient "
+                    f"float inversion of {self.rebuilt} branches in {computed_in} has a predicted relative gradient "
                     f"error of {error:.0e} at the present coefficients; use inversion='exact' or 'anchored'",
                     stacklevel=4,
                 )
@@ -188,8 +190,9 @@ class Pass:
         parameters = branch.parameters()
         differentiable = any(t.requires_grad for t in (self.x, self.previous, *side, *parameters))
         position = self.index
-        keeps = (position + 1) % self.every == 0 or position + 1 == self.length
-        recording = torch.is_grad_enabled() and differentiable and not self.sequence.store
+        keeps = (position + 1) % self.every == 0 or position + 1 == self.rebuilt
+        stored = self.sequence.store or position >= self.rebuilt
+        recording = torch.is_grad_enabled() and differentiable and not stored
         if recording:
             refuse_arguments(flat, name)
             refuse_sharded(parameters, name)
@@ -203,7 +206,7 @@ class Pass:
             exact=self.exact,
             rows=self.rows,
             largest=self.largest,
-            stored=self.sequence.store,
+            stored=stored,
             recording=recording,
             keeps=keeps,
             inverts=position > 0 and position % self.every != 0 and self.x.requires_grad,
@@ -215,9 +218,9 @@ class Pass:
             dtype=self.dtype,
             parameters=parameters,
             coarse=self.coarse,
-            chunks=self._chunks(branch, name, args, named),
+            chunks=None if position >= self.rebuilt else self._chunks(branch, name, args, named),
         )
-        if self.sequence.store:
+        if stored:
             result = self._stored(node, side)
         elif self.sequence.checkpointed:
             result = Checkpointed.apply(node, self.x, *side, *parameters)

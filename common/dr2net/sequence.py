@@ -52,6 +52,7 @@ class ReversibleSequence(nn.Module):
         self.anchor_every = options.anchor_every
         self.tolerance = options.tolerance
         self.store = options.store
+        self.keep = 0  # `convert` deals out what the model is to keep
         self.chunk_mib = options.chunk_mib
         self.place = place  # name in the model
         self.coefficients = Coefficients(fixed=checkpointed)
@@ -152,6 +153,7 @@ class ReversibleSequence(nn.Module):
         how = f"inversion={self.inversion!r}, (alpha, beta)={self.coefficients}"
         if self.checkpointed:
             how = f"checkpointed in chunks of {self.chunk_mib:g} MiB"
+        how += f", the last {self.keep} branches keep their insides" if self.keep else ""
         return f"{how}, {self.ran} of {self.num_branches()} branches ran in the last pass"
 
     __repr__ = nn.Module.__repr__  # ModuleList's own leaves it out
@@ -177,7 +179,7 @@ class ReversibleSequence(nn.Module):
 
 
 STATE: tuple[str, ...] = ("ran", "whole", "computed_in")  # in the last pass
-STATE += ("inversion", "anchor_every", "tolerance", "store", "chunk_mib", "place", "coefficients", "returns")
+STATE += ("inversion", "anchor_every", "tolerance", "store", "keep", "chunk_mib", "place", "coefficients", "returns")
 STATE += ("plain",)  # blocks run as they did before the conversion, for `verify.py`
 
 
