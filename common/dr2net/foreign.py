@@ -106,20 +106,6 @@ def caught(name: str, tensor: Tensor) -> Tensor:
     )
 
 
-def refuse_sharded(parameters: Sequence[nn.Parameter], name: str) -> None:
-    """RuntimeError for parameters that are sharded when the branch runs: what it uses is then something else."""
-    if any(hasattr(parameter, "_local_tensor") for parameter in parameters):
-        raise RuntimeError(
-            f"parameters of branch {name} are sharded (DTensor) while it runs, so its gradients would be lost: use "
-            "fully_shard on the whole model or on whole blocks, not on the modules inside a block"
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        raise RuntimeError(
-            f"parameters of branch {name} are partitioned by DeepSpeed ZeRO-3, which empties them between forward and "
-            "backward: use ZeRO-1 or ZeRO-2, or PyTorch's fully_shard on whole blocks"
-        )
-
-
 def refuse_arguments(values: Iterable[Any], name: str) -> None:
     """ValueError for an argument of a block that is neither a tensor nor a plain value."""
     for value in values:

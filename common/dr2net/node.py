@@ -31,6 +31,7 @@ from dr2net.chunks import Chunks, differentiate, evaluate
 from dr2net.foreign import Reached, caught, hooks_suspended, refuse_changed_arguments
 from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
+from dr2net.sharding import refuse_sharded
 
 
 class RecomputationError(RuntimeError):
@@ -93,6 +94,7 @@ class Node:
     structure: TreeSpec
     dtype: torch.dtype  # of F's input
     parameters: list[nn.Parameter]
+    watched: list[Tensor]  # these, and the shards they were gathered from: may not change before backward
     coarse: float | None = None  # relative change of F that its recomputation may have, where streams are floats
     chunks: Chunks | None = None  # the branch is run and differentiated in these
     versions: list[int] = field(default_factory=list)
@@ -222,13 +224,14 @@ class Node:
 
     def remember(self) -> None:
         """What must be the same when the branch is recomputed."""
-        self.versions = [parameter._version for parameter in self.parameters]
+        self.versions = [tensor._version for tensor in self.watched]
         self.modes = modes_of(self.branch.modules)
 
     def refuse_changes(self) -> None:
         """RuntimeError for what has changed since `remember`."""
         self.reached.refuse_frozen(self.parameters, self.name)
-        for parameter, version in zip(self.parameters, self.versions, strict=True):
+        refuse_sharded(self.branch.modules, self.branch.parameters(), self.name)
+        for parameter, version in zip(self.watched, self.versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(
                     f"a parameter of branch {self.name}, shape {tuple(parameter.shape)}, was changed in place between "

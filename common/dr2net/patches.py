@@ -49,12 +49,6 @@ def refuse_checkpointing(module: nn.Module, name: str) -> None:
 
 
 def refuse_backward_hooks(block: nn.Module, name: str) -> None:
-    """And what fully_shard puts on a block: it hands the block copies of its inputs, to see the backward."""
-    if any(cls.__name__ == "FSDPModule" for cls in type(block).__mro__):
-        raise ValueError(
-            f"{name} ({type(block).__name__}) is sharded by itself, and so is not handed the tensor that the block "
-            "before it returned; shard the model, or the part with all its blocks, as a whole: fully_shard(model)"
-        )
     if block._backward_hooks or block._backward_pre_hooks:
         raise ValueError(
             f"{name} ({type(block).__name__}) has backward hooks, and a reversible block has no gradients of its own: "

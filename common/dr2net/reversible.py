@@ -34,10 +34,11 @@ from dr2net.checkpointed import Checkpointed
 from dr2net.chunks import Chunks
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
-from dr2net.foreign import refuse_arguments, refuse_sharded
+from dr2net.foreign import refuse_arguments
 from dr2net.grid import PRECISION_BITS, Rows, grid_of, rows_of
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 from dr2net.patches import CONVERT_AGAIN, refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
+from dr2net.sharding import door_of, put_door, refuse_sharded
 
 if TYPE_CHECKING:
     from dr2net.sequence import ReversibleSequence
@@ -77,6 +78,7 @@ class Pass:
                 raise ValueError(f"the forward of the class of block {name} was replaced; {CONVERT_AGAIN}")
             elif entry.has_new_parts(other):
                 refuse_uncovered(other, f"block {name}", self.branches[self.end])
+            put_door(other)
             self.end += 1
         if not any(self.branches[: self.expected]):
             sequence.ran, sequence.whole = 0, {}
@@ -108,35 +110,43 @@ class Pass:
     def expects(self, sequence: "ReversibleSequence", block: nn.Module) -> bool:
         return sequence is self.sequence and self.blocks[self.expected][1] is block
 
-    def step(self, x: Tensor, args: tuple, named: dict[str, Any]) -> Tensor:
-        name, _ = self.blocks[self.expected]
+    def step(self, x: Tensor, args: tuple, named: dict[str, Any], given: Tensor) -> Tensor:
+        """Through the next block. x: what it is handed, `given` or what FSDP put in its place (`sharding.py`)."""
+        name, block = self.blocks[self.expected]
         if not self.started:
             self._start(self.expected, x)
             self.started = True
-        elif version_of(x) != self.version:
+        elif version_of(given) != self.version:
             raise ValueError(
                 f"the input of block {name} was changed in place; between the blocks of a run it must not be"
             )
-        elif self.x is None:
+        elif self.x is None and x.dtype == given.dtype:
             self.x = x
         elif x is not self.x:
             # A model in bfloat16 has the stream's copy between its blocks: put it on the gradient's way, so that hooks
             # on it, and losses, act as in the plain model. The value is the stream's: the difference is exact.
-            self.x = x.to(self.x.dtype) + (self.x - x.to(self.x.dtype)).detach()
-        for branch in self.branches[self.expected]:
+            stream = given if self.x is None else self.x
+            self.x = x.to(stream.dtype) + (stream - x.to(stream.dtype)).detach()
+        door = door_of(block)
+        self.shards = [] if door is None else door.shards
+        # a sharded block has other parameters while it runs than when the pass began
+        for branch in self.branches[self.expected] if door is None else find_branches(block)[0]:
             if self.sequence.checkpointed:  # as in the plain network the sum has the dtype that adding gives it
                 self.dtype = self.x.dtype
             self._advance(branch, f"{name}.{branch.name}", args, named)
             self.sequence.ran += 1
         self.expected += 1
         output = self.x if self.sequence.checkpointed else self.x.to(self.dtype)
-        self.version = version_of(output)
         self.ended = self.expected == self.end
         if self.ended:
             self._finish()
-        elif output is self.x:
-            self.x = None  # the caller has it; see `sequence.py`
         return output
+
+    def hand_out(self, output: Tensor) -> None:
+        """The caller has `output`, what `step` returned or a copy of it; the next block is to be given it."""
+        self.version = version_of(output)
+        if output is self.x:
+            self.x = None  # the caller has it; see `sequence.py`
 
     def _start(self, index: int, x: Tensor) -> None:
         sequence = self.sequence
@@ -195,7 +205,7 @@ class Pass:
         recording = torch.is_grad_enabled() and differentiable and not stored
         if recording:
             refuse_arguments(flat, name)
-            refuse_sharded(parameters, name)
+            refuse_sharded(branch.modules, parameters, name)
         node = Node(
             tape=self.tape,
             branch=branch,
@@ -217,6 +227,7 @@ class Pass:
             structure=structure,
             dtype=self.dtype,
             parameters=parameters,
+            watched=[*parameters, *self.shards],
             coarse=self.coarse,
             chunks=None if position >= self.rebuilt else self._chunks(branch, name, args, named),
         )

@@ -22,6 +22,7 @@ from dr2net.entry import Entry, entry_of, parts_of
 from dr2net.options import Options
 from dr2net.returns import Returned, returned
 from dr2net.reversible import Pass
+from dr2net.sharding import door_of, take_door
 
 # Passes that are not at their end, by the tensor each returned last. A pass holds no reference to that tensor, so one
 # that is left early dies with it.
@@ -67,6 +68,7 @@ class ReversibleSequence(nn.Module):
 
     def _become_plain(self) -> None:
         for block in blocks_of(self).values():
+            take_door(block)
             if isinstance(block.__dict__.get("forward"), Entry):
                 del block.forward
             elif (entry := entry_of(block)) is not None:  # inside a wrapper that was put on later
@@ -95,15 +97,20 @@ class ReversibleSequence(nn.Module):
 
     def call_block(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Any:
         """One step of the pass that `x` belongs to, or the first of a new one."""
-        current = _OPEN.get(x)
+        door = door_of(block)
+        given = x if door is None else door.given(x)
+        current = _OPEN.get(given)
         if current is not None and current.expects(self, block):
-            del _OPEN[x]
+            del _OPEN[given]
         else:
             current = Pass(self, block)
         how = self._returned(block, x, args, named)
-        output = current.step(x, args, named)
+        output = current.step(x, args, named, given)
         if not current.ended:
-            _OPEN[output] = current
+            if (door := door_of(block)) is None:
+                _keep_open(current, output)
+            else:
+                door.open(functools.partial(_keep_open, current))
         return output if how is None else how.put(output)
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
@@ -176,6 +183,11 @@ class ReversibleSequence(nn.Module):
             "torch.nn.DataParallel copies the modules without their parameters, so the blocks would get no gradients; "
             "use torch.nn.parallel.DistributedDataParallel, one process per device"
         )
+
+
+def _keep_open(current: Pass, output: Tensor) -> None:
+    current.hand_out(output)
+    _OPEN[output] = current
 
 
 STATE: tuple[str, ...] = ("ran", "whole", "computed_in")  # in the last pass

@@ -290,22 +290,6 @@ def test_what_was_replaced_outside_the_blocks_comes_back() -> None:
     assert torch.equal(net(x), expected)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_block_that_is_sharded_by_itself_is_refused(when: str) -> None:
-    from torch.distributed.fsdp import FSDPModule
-
-    class Sharded(FSDPModule, ToyBlock):  # what fully_shard(block) makes of its class
-        def __new__(cls, *args: object) -> nn.Module:
-            return object.__new__(cls)
-
-    net = build_net(2)
-    if when == "after":
-        dr2net.convert(net)
-    net.blocks[1].__class__ = Sharded
-    with pytest.raises(ValueError, match=r"block.*1 \(Sharded\) is sharded by itself.*fully_shard\(model\)"):
-        dr2net.convert(net) if when == "before" else net(build_input())
-
-
 def test_a_container_whose_class_changed_again_cannot_be_undone() -> None:
     net = converted(build_net(2), 1, 0)
     net.blocks.__class__ = type("Other", (type(net.blocks),), {})

@@ -243,7 +243,7 @@ def test_an_object_that_a_branch_may_write_to_is_refused_while_training(argument
 def test_sharded_parameters_are_refused_with_the_remedy() -> None:
     net = converted()
     net.blocks[0].part.up.weight._local_tensor = None
-    with pytest.raises(RuntimeError, match="sharded .*fully_shard on the whole model or on whole blocks"):
+    with pytest.raises(RuntimeError, match="sharded .*fully_shard: call it on each block and then on the model"):
         net(batch())
 
 
