@@ -12,7 +12,6 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from importlib import metadata
 from typing import Any
 
 from torch import nn
@@ -187,10 +186,9 @@ def recorded(model: nn.Module) -> Description | None:
 
 def version() -> str:
     """Of this library."""
-    try:
-        return metadata.version("dr2net")
-    except metadata.PackageNotFoundError:  # it is on the path, and not installed
-        return "unknown"
+    from dr2net import __version__  # it imports this file
+
+    return __version__
 
 
 def runs_again(module: nn.Module) -> bool:
@@ -221,7 +219,10 @@ def _described(entry: Mapping[str, Any]) -> Described:
     alpha, fixed = float(entry["alpha"]), entry["checkpointed"]
     if not abs(alpha) < float("inf") or not abs(float(beta)) < float("inf") or not isinstance(fixed, bool):
         raise ValueError(f"alpha = {alpha}, beta = {beta}, checkpointed = {fixed}")
-    return Described(Coefficients(alpha, beta, fixed=fixed), Options(**{name: entry[name] for name in OPTIONS}))
+    options = {name: value for name, value in entry.items() if name not in ("alpha", "beta", "checkpointed")}
+    if unknown := options.keys() - {*OPTIONS}:
+        raise ValueError(f"this version does not know the options {', '.join(sorted(unknown))}: update dr2net")
+    return Described(Coefficients(alpha, beta, fixed=fixed), Options(**options))  # those it lacks came later
 
 
 def _is_end_of(end: str, name: str) -> bool:

@@ -9,16 +9,13 @@ the Trainer's, and what a checkpoint says (`dr2net/description.py`).
 """
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dr2net.convert import convert, sequences
-from dr2net.description import OPTIONS, is_transformers, recorded
-from dr2net.options import Options
-from dr2net.patches import own_checkpointing
+from dr2net.description import is_transformers
+from dr2net.integrations.conversion import Conversion, switch_checkpointing_off
 from dr2net.saving import (
     WEIGHTS,
     apply_description,
@@ -29,7 +26,6 @@ from dr2net.saving import (
     write_weights,
 )
 from dr2net.schedule import Schedule
-from dr2net.sequence import ReversibleSequence
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -49,9 +45,7 @@ class Dr2Net(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule | None = None, **options: Any) -> None:
-        self.schedule = schedule or Schedule()
-        self.named = options
-        self.options = replace(Options(), **options)
+        self.conversion = Conversion(schedule, options)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any) -> None:
         """Before wrapping."""
@@ -63,18 +57,12 @@ class Dr2Net(TrainerCallback):
         """For a model that came later, and to compare with the checkpoint that training resumes from."""
         model = named["model"]
         self._prepare(args, model)
-        alpha, beta = self._move(state, model)
+        self._move(state, model)
         folder = _checkpoint(args, state)
         if state.global_step and (folder / saved_file(model)).is_file():
-            for name, entry in read_description(folder, saved_file(model)).sequences.items():
-                saved = entry.coefficients
-                if (saved.alpha, saved.beta) != self.schedule.at(_progress(state, -1)):
-                    warnings.warn(
-                        f"{folder} was saved with {name} at (alpha, beta) = {saved}; this schedule goes on at "
-                        f"({alpha:.4g}, {float(beta):.4g}) at step {state.global_step} of {state.max_steps}: it or the "
-                        "number of steps is another than before",
-                        stacklevel=2,
-                    )
+            saved = read_description(folder, saved_file(model)).sequences
+            at = ((name, entry.coefficients) for name, entry in saved.items())
+            self.conversion.compare(at, _progress(state, -1), str(folder))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **named: Any
@@ -102,27 +90,16 @@ class Dr2Net(TrainerCallback):
         if args.should_save and not is_transformers(model, "PreTrainedModel"):
             write_description(model, Path(args.output_dir or "."))
 
-    def _move(self, state: TrainerState, model: nn.Module) -> tuple[float, float]:
-        return self.schedule.apply(model, _progress(state))
+    def _move(self, state: TrainerState, model: nn.Module) -> None:
+        self.conversion.schedule.apply(model, _progress(state))
 
     def _prepare(self, args: TrainingArguments, model: nn.Module) -> None:
-        """Convert, once, and switch off what is in the way."""
-        _switch_checkpointing_off(args, model)
-        if not any(isinstance(module, ReversibleSequence) for module in model.modules()):
-            known = recorded(model)
-            convert(model, self.options)
-            if known is None:
-                self.schedule.apply(model, 0.0)
-        elif self.named:
-            for sequence in sequences(model):
-                for name in OPTIONS:
-                    own, here = getattr(sequence, name), getattr(self.options, name)
-                    if name in self.named and own != here:
-                        raise ValueError(
-                            f"{sequence.place} was converted with {name}={own} before, and Dr2Net(...) has "
-                            f"{name}={here}; say it in one of the two places"
-                        )
-        _warn_of_wrapped_blocks(model)
+        """Before `convert`, which refuses gradient checkpointing."""
+        asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
+        for name in asked:
+            setattr(args, name, False)
+        switch_checkpointing_off(model, " and ".join(f"args.{name}" for name in asked))
+        self.conversion.prepare(model)
 
 
 def _progress(state: TrainerState, later: int = 0) -> float:
@@ -143,44 +120,3 @@ def _keep_names(model: nn.Module, path: Path) -> None:
     """
     if path.is_file() and not names_in(path) <= model.state_dict().keys():
         write_weights(model, path)
-
-
-def _switch_checkpointing_off(args: TrainingArguments, model: Any) -> None:
-    """A reversible block keeps nothing that checkpointing could save, and would be run twice."""
-    asked = [name for name in ("gradient_checkpointing", "activation_checkpointing") if getattr(args, name, False)]
-    on = any(own_checkpointing(module) for module in model.modules())
-    for name in asked:
-        setattr(args, name, False)
-    if on:
-        _disable(model)
-    if asked or on:
-        warnings.warn(
-            f"{' and '.join(asked) or 'gradient checkpointing of the model'} was switched off: the blocks are "
-            "reversible, and keep nothing that it could save; what stands around them is checkpointed by "
-            "Dr2Net(..., recompute_rest=True)",
-            stacklevel=4,
-        )
-
-
-def _disable(model: Any) -> None:
-    """By the newest name that the model has; without one `convert` says what to do."""
-    for name, values in (
-        ("activation_checkpointing_disable", ()),
-        ("gradient_checkpointing_disable", ()),
-        ("set_grad_checkpointing", (False,)),
-    ):
-        if hasattr(model, name):
-            getattr(model, name)(*values)
-            return
-
-
-def _warn_of_wrapped_blocks(model: nn.Module) -> None:
-    for sequence in sequences(model):
-        for name, block in sequence.named_children():
-            if type(block).__module__.split(".")[0] == "peft":
-                warnings.warn(
-                    f"{sequence.place}.{name} is wrapped as a whole by peft ({type(block).__name__}), which ends the "
-                    "reversible run before it and begins another after it; name modules inside the block in "
-                    "modules_to_save or target_modules, not the block",
-                    stacklevel=4,
-                )

@@ -264,6 +264,9 @@ def test_options_said_in_two_places_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"converted with chunk_mib=8 before, and Dr2Net\(\.\.\.\) has chunk_mib=None"):
         build_trainer(tmp_path, model, (Dr2Net(MOVING, chunk_mib=None),))
     build_trainer(tmp_path, model, (Dr2Net(MOVING),))
+    with pytest.raises(ValueError, match="keep=0 before, and .* keep=2"):
+        build_trainer(tmp_path, model, (Dr2Net(MOVING, keep=2),))
+    build_trainer(tmp_path, callbacks=(Dr2Net(MOVING, keep=100),)).train()
     with pytest.raises(TypeError, match="chunks"):
         Dr2Net(MOVING, chunks=3)
 

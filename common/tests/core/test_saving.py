@@ -165,7 +165,7 @@ def test_options_differ_by_sequence_and_plain_parts_stay_plain(tmp_path: Path) -
         return nn.ModuleDict({name: build_net(2) for name in "abc"})
 
     model, x = build(), build_input()
-    dr2net.convert(model["a"], chunk_mib=1.0)
+    dr2net.convert(model["a"], chunk_mib=1.0, keep=1)
     dr2net.convert(model["b"], inversion="anchored")
     dr2net.recompute(model["b"].stem)
     dr2net.set_coefficients(model["a"], 7 / 8, 1 / 8)
@@ -174,6 +174,7 @@ def test_options_differ_by_sequence_and_plain_parts_stay_plain(tmp_path: Path) -
     dr2net.restore(again, tmp_path)
     a, b = again["a"].blocks, again["b"].blocks
     assert (a.chunk_mib, a.inversion, b.chunk_mib, b.inversion) == (1.0, "exact", None, "anchored")
+    assert (a.keep, b.keep) == (1, 0)
     assert type(again["c"].blocks) is nn.ModuleList
     assert "forward" in vars(again["b"].stem) and "forward" not in vars(again["a"].stem)
     assert all(torch.equal(again[name](x), model[name](x)) for name in "abc")
@@ -240,6 +241,13 @@ FAULTS = {
         ),
         ValueError,
         "reversible sequences x, the model has blocks",
+    ),
+    "an option too many": (
+        lambda folder: change(
+            folder, sequences={"blocks": {"alpha": 1, "beta": [1, 8], "checkpointed": False, "speed": 3}}
+        ),
+        ValueError,
+        "does not know the options speed: update",
     ),
     "an entry too few": (
         lambda folder: change(folder, sequences={"blocks": {"alpha": 1}}),
