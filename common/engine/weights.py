@@ -16,7 +16,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -146,19 +146,38 @@ def load_tensors(model: nn.Module, weights: Tensors, source: str) -> Coverage:
 
 
 def fitted(own: Tensors, weights: Tensors, source: str) -> Tensors:
-    """`weights` in the number types of `own`. ValueError, naming `source` and the tensors, for other keys or shapes,
-    another kind of numbers, or a value that is not finite there (1e300 is, in float64; in float32 it is infinity).
+    """`weights` in the number types of `own`, and sharded as it is (FSDP2). ValueError, naming `source` and the
+    tensors, for other keys or shapes, another kind of numbers, or a value that is not finite there (1e300 is, in
+    float64; in float32 it is infinity).
     """
     coverage = compare(own, weights)
     if coverage.missing or coverage.unused or coverage.wrong_shape:
         raise ValueError(f"{source} does not fit the model: {_explain(coverage)}")
     refuse_other_kinds(own, weights, source)
-    cast = {key: weights[key].to(own[key].dtype) for key in own}
-    refuse_non_finite(cast, source)
-    lost = [key for key, value in cast.items() if value.dtype in INTEGERS and (value != weights[key]).any()]
+    converted = {key: weights[key].to(own[key].dtype) for key in own}
+    refuse_non_finite(converted, source)
+    lost = [key for key, value in converted.items() if value.dtype in INTEGERS and (value != weights[key]).any()]
     if lost:
         raise ValueError(f"{source}: integers too large for the model in {_some(lost)}")
-    return cast
+    return {key: _sharded_as(own[key], value) for key, value in converted.items()}
+
+
+def whole(tensors: Tensors) -> Tensors:
+    """Sharded tensors put together, the others as they are; every process has to call it."""
+    return {key: cast(Any, value).full_tensor() if _is_sharded(value) else value for key, value in tensors.items()}
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")  # a DTensor
+
+
+def _sharded_as(own: Any, value: Tensor) -> Tensor:
+    """This process's part of `value`, which every process has whole, where `own` is sharded."""
+    if not _is_sharded(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def compare(own: Tensors, weights: Tensors) -> Coverage:

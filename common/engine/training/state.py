@@ -16,7 +16,7 @@ from engine.settings import to_json
 from engine.training import checkpoint
 from engine.training.ema import EMA
 from engine.training.optimization import restore_optimizer, restore_scaler
-from engine.weights import load_tensors
+from engine.weights import load_tensors, whole
 
 MAX_DURATIONS = 1000
 
@@ -76,9 +76,10 @@ def save(
 ) -> None:
     """Write the run's checkpoint from the main process; every process waits for it."""
     tensors = full_tensors(model, optimizer)  # every process has a part in it where a model is sharded
+    averages = None if ema is None else whole(ema.tensors)
     if accelerator.is_main_process:
-        if ema is not None:
-            tensors["ema"] = ema.tensors
+        if averages is not None:
+            tensors["ema"] = averages
         scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         identity = {"row": config.row, "seed": config.run.seed, "config": to_json(config), "origin": asdict(origin)}
         checkpoint.save(folder, tensors, {**asdict(state), "scaler": scaler, **identity})
