@@ -2,16 +2,20 @@
 
     dr2net plan --model vit_small_patch16_224 --input 16x3x224x224 --budget 24GiB --precision bf16
     dr2net plan --model torchvision:swin3d_t --input 1x3x32x224x224 --grow 2:32 --plot frames.png
+    dr2net plan --model transformers:bert --input input_ids:8x128:int,attention_mask:8x128:int --grow 1:64
     dr2net check --model vit_tiny_patch16_224 --input 2x3x224x224 --start 1,0.1 --end 0.4,0.7
+    dr2net check --model my_module:build --batch my_module:make_batch
 
-A model is a timm name, `torchvision:swin3d_t`, `transformers:VideoMAEConfig` (or a local folder after the colon), or
-`package.module:function`, a function of yours that returns the module (`model_names.py`). An input is one float tensor,
-`16x3x224x224`, the batch first. `plan` computes nothing and needs no GPU (`planner.py`), but with --calibrate; `check`
-computes. Both take the coefficients at one point, or along a schedule from --start to --end.
+A model is a timm name, `torchvision:swin3d_t`, `transformers:bert` (a type or class of models, or a local folder after
+the colon), or `package.module:function`, a function of yours that returns the module (`model_names.py`). An input is a
+float tensor, `16x3x224x224`, the batch first, or tensors by name, or what a function of yours makes (`inputs.py`).
+`plan` computes nothing and needs no GPU (`planner.py`), but with --calibrate; `check` computes. Both take the
+coefficients at one point, or along a schedule from --start to --end.
 """
 
 import argparse
 import functools
+import logging
 import math
 import sys
 import warnings
@@ -26,11 +30,12 @@ from torch import Tensor, nn
 
 import dr2net
 from dr2net import planner, schedule
+from dr2net.inputs import Batches, Grown, find_batches, parse_grow, size_at
 from dr2net.memory import Memory, format_bytes, largest
 from dr2net.model_names import find_by_depth, find_model
 from dr2net.node import RecomputationError
 from dr2net.options import Inversion, Options
-from dr2net.planner import Setting, Shape, loss_of
+from dr2net.planner import Setting, loss_of
 
 INVERSIONS = get_args(Inversion)
 T = TypeVar("T")
@@ -63,7 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--model", required=True, help="timm name, torchvision:..., transformers:..., module:function"
         )
-        command.add_argument("--input", required=True, help="shape of the input tensor, batch first: 16x3x224x224")
+        command.add_argument(
+            "--input",
+            action="append",
+            metavar="[NAME:]SHAPE[:KIND]",
+            help="16x3x224x224, or by name, input_ids:4x128:int; several by comma or by repeating",
+        )
+        command.add_argument("--batch", metavar="MODULE:FUNCTION", help="in place of --input, returns the batch")
         command.add_argument(
             "--precision", choices=planner.PRECISIONS, default="fp32", help="of the branches (autocast)"
         )
@@ -91,15 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--calibrate", action="store_true", help="train two steps on the GPU, compare its allocator")
     plan.set_defaults(run=_plan)
 
-    check.add_argument("--pretrained", action="store_true", help="load the weights that timm or torchvision name")
+    check.add_argument("--pretrained", action="store_true", help="load the weights of the name, or in the folder")
     check.add_argument("--seed", type=int, default=0)
     check.set_defaults(run=_check)
     return parser
 
 
 def _plan(options: argparse.Namespace) -> None:
-    shape, budget = parse_shape(options.input), parse_bytes(options.budget)
-    grown = _parse_grow(options.grow, shape)
+    batches, budget = find_batches(options.input, options.batch), parse_bytes(options.budget)
+    grown = parse_grow(options.grow, batches)
     if not 0 <= options.chunk_mib < math.inf:
         raise ValueError(f"--chunk-mib {options.chunk_mib:g} is no size; write a number of MiB, or 0 for no chunks")
     if options.plot and FilePath(options.plot).suffix not in PICTURES:
@@ -111,9 +122,11 @@ def _plan(options: argparse.Namespace) -> None:
     )
     setting = Setting(options.precision, options.optimizer, (0, 1), how)
     phases = planner.phases(_schedule(options), setting)
-    model = find_model(options.model)().train()
+    model = _on_paper(options).train()
+    batches = batches.of_model(model)
     rows, moving, curves, calibrated = [], [], {}, []
     omitted: dict[str, list[str]] = {}
+    limits: dict[int, str] = {}  # sizes that the model does not take, and what it says to the smallest
     for method in planner.METHODS:
         if method.endswith(", chunks") and not options.chunk_mib:
             continue
@@ -126,32 +139,35 @@ def _plan(options: argparse.Namespace) -> None:
         except (ValueError, ImportError) as error:
             omitted.setdefault(str(error).splitlines()[0].rstrip(":"), []).append(method)
             continue
-        memories = [predict_at(shape) for predict_at in predictors]
+        memories = [predict_at(batches) for predict_at in predictors]
         worst = max(range(len(memories)), key=lambda k: memories[k].peak)  # the first of equals
         memory, predict_at = memories[worst], predictors[worst]
         if len(memories) > 1:
             moving.append((method, memories))
-        most = largest(functools.partial(_peak_of, predict_at, shape, grown), budget)
+        most = largest(functools.partial(_peak_of, predict_at, batches, grown, limits), budget) if batches.grows else 0
         curves[method] = predict_at, most
         sizes = (memory.peak, memory.parameters, memory.gradients, memory.optimizer, memory.stored, memory.temporaries)
-        rows.append((method, *map(format_bytes, sizes), "yes" if memory.peak <= budget else "no", str(most * grown[1])))
+        fits = "yes" if memory.peak <= budget else "no"
+        rows.append((method, *map(format_bytes, sizes), fits, str(most * grown[1]) if batches.grows else "-"))
         if options.live:
             print(f"{method}, largest at the peak", *memory.live[: options.live], "", sep="\n")
         if options.calibrate:
-            calibrated.append(_calibrated(model, method, settings[worst], shape, options.model))
+            calibrated.append(_calibrated(model, method, settings[worst], batches, options.model))
     _say("")
-    print(f"{options.model}, input {options.input}, {options.precision}, {options.optimizer}, {options.inversion}")
+    print(f"{options.model}, input {batches}, {options.precision}, {options.optimizer}, {options.inversion}")
     split = ("peak", "parameters", "gradients", "optimizer", "stored", "temporaries")
     print_table(("method", *split, f"fits {options.budget}", f"largest {_axis(grown[0])}"), rows)
     for reason, methods in omitted.items():
         print(f"omitted: {', '.join(methods)} ({reason})")
+    if limits:
+        print(f"note: {limits[min(limits)]}")
     if moving:
         _print_phases(phases, moving)
     if calibrated:
         print()
         print_table(("method", "predicted", "allocator", "allocator / predicted"), calibrated)
     if options.plot:
-        _plot(options, model, shape, grown, curves, settings[0])
+        _plot(options, model, batches, grown, curves, limits, settings[0])
 
 
 def _print_phases(phases: Sequence[planner.Phase], moving: Sequence[tuple[str, list[Memory]]]) -> None:
@@ -164,9 +180,9 @@ def _print_phases(phases: Sequence[planner.Phase], moving: Sequence[tuple[str, l
     print_table(("from", "alpha", "beta", "kept per branch", *(method for method, _ in moving)), rows)
 
 
-def _calibrated(model: nn.Module, method: str, setting: Setting, shape: Shape, name: str) -> tuple[str, ...]:
+def _calibrated(model: nn.Module, method: str, setting: Setting, batches: Batches, name: str) -> tuple[str, ...]:
     try:
-        predicted, measured = planner.calibrate(model, method, setting, shape, "cuda")
+        predicted, measured = planner.calibrate(model, method, setting, batches, "cuda")
     except torch.cuda.OutOfMemoryError:
         return method, "-", "out of memory", "-"
     except RuntimeError as error:
@@ -179,19 +195,21 @@ def _calibrated(model: nn.Module, method: str, setting: Setting, shape: Shape, n
 def _plot(
     options: argparse.Namespace,
     model: nn.Module,
-    shape: Shape,
-    grown: tuple[tuple[int, ...], int],
-    curves: dict[str, tuple[Callable[[Shape], Memory], int]],
+    batches: Batches,
+    grown: Grown,
+    curves: dict[str, tuple[Callable[[Batches], Memory], int]],
+    limits: dict[int, str],
     setting: Setting,
 ) -> None:
     dimensions, multiple = grown
     most = max(4, *(most for _, most in curves.values())) * 5 // 4
     counts = sorted({max(1, round(most * part / 8)) for part in (0.25, 0.5, 1, 2, 3, 4, 6, 8)})
+    counts = [n for n in counts if n < min(limits, default=n + 1)]
     panels: list[tuple[str, dict[str, planner.Curve]]] = [
         (
             _axis(dimensions),
             {
-                method: [(n * multiple, predict_at(_grow(shape, grown, n)).peak) for n in counts]
+                method: [(n * multiple, predict_at(batches.grow(grown, n)).peak) for n in counts]
                 for method, (predict_at, _) in curves.items()
             },
         )
@@ -205,9 +223,9 @@ def _plot(
             _say(f"predicting: {depth} blocks")
             deep = build(depth).train()
             for method, curve in depths.items():
-                curve.append((depth, _explained(planner.predictor(deep, method, setting), options.model)(shape).peak))
+                curve.append((depth, _explained(planner.predictor(deep, method, setting), options.model)(batches).peak))
         _say("")
-        panels.append((f"blocks, input {options.input}", dict(depths)))
+        panels.append((f"blocks, input {batches}", dict(depths)))
     try:
         planner.draw(FilePath(options.plot), panels, f"{options.model}, {options.precision}, {options.optimizer}")
     except (OSError, ImportError) as error:
@@ -219,27 +237,43 @@ def _axis(dimensions: tuple[int, ...]) -> str:
     return "batch" if dimensions == (0,) else f"size of dimension {' and '.join(map(str, dimensions))}"
 
 
-def _peak_of(predict_at: Callable[[Shape], Memory], shape: Shape, grown: tuple[tuple[int, ...], int], n: int) -> int:
-    return predict_at(_grow(shape, grown, n)).peak
+def _peak_of(
+    predict_at: Callable[[Batches], Memory], batches: Batches, grown: Grown, limits: dict[int, str], n: int
+) -> int:
+    """The peak at the n-th size. One above the present that the model does not take counts as one that does not fit."""
+    try:
+        return predict_at(batches.grow(grown, n)).peak
+    except ValueError as error:
+        if n * grown[1] <= size_at(batches, grown):
+            raise
+        limits[n] = str(error)
+        return sys.maxsize
 
 
-def _grow(shape: Shape, grown: tuple[tuple[int, ...], int], n: int) -> Shape:
-    dimensions, multiple = grown
-    return tuple(n * multiple if index in dimensions else size for index, size in enumerate(shape))
+def _on_paper(options: argparse.Namespace) -> nn.Module:
+    """The model; a configuration of transformers may be of a size that no memory holds, and needs none for a plan."""
+    build = find_model(options.model)
+    if not options.model.startswith("transformers:") or options.calibrate:
+        return build()
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError):  # it reads numbers of its tensors when it is made
+        return build()
 
 
 def _check(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
-    shape = parse_shape(options.input)
-    coefficients = _schedule(options)
+    batches, coefficients = find_batches(options.input, options.batch), _schedule(options)
     progresses = (0.0, 0.25, 0.5, 0.75, 1.0) if coefficients.start != coefficients.end else (0.0,)
-    batch = torch.randn(shape)
     model = find_model(options.model, pretrained=options.pretrained)()
+    batches = batches.of_model(model)
+    batch = batches.make()
     loss = functools.partial(loss_of, precision=options.precision)
     _say("verifying")
     dr2net.convert(model)
     coefficients.apply(model, 0.0)
-    verification = _explained(lambda _: _quietly(dr2net.verify, model, batch, loss), options.model)(shape)
+    verification = _explained(lambda _: _quietly(dr2net.verify, model, batch, loss), options.model)(batches)
     dr2net.set_coefficients(model, 1, 0)
     dr2net.deconvert(model)
     columns: dict[str, list[str]] = {}
@@ -251,14 +285,14 @@ def _check(options: argparse.Namespace) -> None:
             coefficients.apply(model, progress)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error itself is printed
-                error, grid = _explained(lambda _: _error_of(model, batch, loss), options.model)(shape)
+                error, grid = _explained(lambda _: _error_of(model, batch, loss), options.model)(batches)
                 columns.setdefault(inversion, []).append(error)
                 if inversion == "exact":
                     of_grid.append(grid)
         dr2net.set_coefficients(model, 1, 0)
         dr2net.deconvert(model)
     _say("")
-    print(f"{options.model}, input {options.input}, branches in {options.precision}")
+    print(f"{options.model}, input {batches}, branches in {options.precision}")
     print(report)
     print("relative error of the gradient against stored activations; grid: of the exact one against stored floats")
     rows = []
@@ -277,7 +311,7 @@ def _quietly(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
 
 
-def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> tuple[str, str]:
+def _error_of(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> tuple[str, str]:
     """The two gradient errors as text, or a word where the exact inversion refuses these coefficients."""
     try:
         error = dr2net.gradient_error(model, batch, loss)
@@ -290,25 +324,21 @@ def _error_of(model: nn.Module, batch: Tensor, loss: Callable[[nn.Module, Tensor
     return f"{error.overall:.1e}", "-" if error.grid is None else f"{error.grid:.1e}"
 
 
-def _explained(function: Callable[[Shape], T], name: str) -> Callable[[Shape], T]:
+def _explained(function: Callable[[Batches], T], name: str) -> Callable[[Batches], T]:
     """Turns torch's complaint about a shape that does not suit the model into a ValueError that names both."""
 
-    def call(shape: Shape) -> T:
+    def call(batches: Batches) -> T:
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # it would say the same at length
+        before, log.disabled = log.disabled, True
         try:
-            return function(shape)
+            return function(batches)
         except (RuntimeError, AssertionError, IndexError, TypeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} does not run on an input of {'x'.join(map(str, shape))}: {reason}") from error
+            raise ValueError(f"{name} does not run on an input of {batches}: {reason}") from error
+        finally:
+            log.disabled = before
 
     return call
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """`16x3x224x224` -> (16, 3, 224, 224)."""
-    sizes = text.lower().split("x")
-    if len(sizes) < 2 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--input {text!r} is not a shape; write the sizes with x between, batch first: 16x3x224x224")
-    return tuple(int(size) for size in sizes)
 
 
 def parse_bytes(text: str) -> int:
@@ -343,20 +373,6 @@ def _parse_pair(text: str, flag: str) -> tuple[float, float]:
         raise ValueError(f"{flag} {text!r} is not alpha,beta; write for example 1,0.1")
     alpha, beta = (float(_fraction(number.strip(), flag)) for number in numbers)
     return alpha, beta
-
-
-def _parse_grow(text: str, shape: Shape) -> tuple[tuple[int, ...], int]:
-    """`3,4:32` -> ((3, 4), 32)."""
-    listed, _, multiple = text.partition(":")
-    numbers = [*listed.split(","), multiple or "1"]
-    if not all(number.isascii() and number.isdigit() for number in numbers) or int(numbers[-1]) == 0:
-        raise ValueError(
-            f"--grow {text!r} is not a dimension; write 0 for the batch, 2:32 for the third by 32s, 3,4:32 for two"
-        )
-    dimensions = tuple(sorted({int(number) for number in numbers[:-1]}))
-    if dimensions[-1] >= len(shape):
-        raise ValueError(f"--grow {text!r}: the input has only the dimensions 0 to {len(shape) - 1}")
-    return dimensions, int(numbers[-1])
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ import dr2net
 from dr2net import exact
 from dr2net.branches import find_branches
 from dr2net.error_law import anchor_spacing
+from dr2net.inputs import Batches, Shape, call, first_tensor
 from dr2net.memory import Memory, measure, predict
 from dr2net.options import Options
 from dr2net.styles import STYLES
@@ -48,7 +49,7 @@ LORA_RANK = 8
 CHUNKED = Options(chunk_mib=256, recompute_rest=True)
 BUDGETS_GB = (24, 48, 80)  # memory of common cards, 10^9 bytes
 
-Shape = tuple[int, ...]
+Sizes = Shape | Batches  # of one float tensor, or a whole batch (`inputs.py`)
 Curve = Sequence[tuple[float, float]]  # (size, bytes)
 
 
@@ -106,12 +107,13 @@ def _add_lora(model: nn.Module) -> None:
 
 
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, precision: str, device: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, sizes: Sizes, precision: str, device: str
 ) -> Callable[[], None]:
-    """Forward, backward and optimizer step on one random tensor of `shape`."""
+    """Forward, backward and optimizer step on a random batch of these sizes."""
 
     def step() -> None:
-        loss_of(model, torch.randn(shape, device=device), precision).backward()
+        batch = torch.randn(sizes, device=device) if isinstance(sizes, tuple) else sizes.make(device)
+        loss_of(model, batch, precision).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -120,8 +122,8 @@ def training_step(
 
 def predictor(
     model: nn.Module, method: str, setting: Setting, *, like: Literal["cuda", "cpu"] = "cuda"
-) -> Callable[[Shape], Memory]:
-    """A function of the input's shape: the predicted Memory of a training step. Errors as `apply`. like: see `predict`.
+) -> Callable[[Sizes], Memory]:
+    """A function of the input's sizes: the predicted Memory of a training step. Errors as `apply`. like: see `predict`.
 
     model: unconverted, in training mode; it is copied. It may live on the "meta" device.
     """
@@ -129,25 +131,31 @@ def predictor(
     apply(model, method, setting)
     optimizer = _build_optimizer(model, setting)
 
-    @functools.cache
-    def predict_at(shape: Shape) -> Memory:
+    known: dict[Sizes, Memory] = {}
+
+    def predict_at(sizes: Sizes) -> Memory:
+        if sizes not in known:
+            known[sizes] = compute(sizes)
+        return known[sizes]
+
+    def compute(sizes: Sizes) -> Memory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `dr2net check`
-            step = training_step(model, optimizer, shape, setting.precision, "cpu")
+            step = training_step(model, optimizer, sizes, setting.precision, "cpu")
             return predict(step, model, optimizer, like=like)
 
     return predict_at
 
 
-def calibrate(model: nn.Module, method: str, setting: Setting, shape: Shape, device: str) -> tuple[Memory, Memory]:
+def calibrate(model: nn.Module, method: str, setting: Setting, sizes: Sizes, device: str) -> tuple[Memory, Memory]:
     """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`."""
     like: Literal["cuda", "cpu"] = "cpu" if torch.device(device).type == "cpu" else "cuda"
-    predicted = predictor(model, method, setting, like=like)(shape)
+    predicted = predictor(model, method, setting, like=like)(sizes)
     model = copy.deepcopy(model)
     apply(model, method, setting)
     model.to(device)
     optimizer = _build_optimizer(model, setting)
-    step = training_step(model, optimizer, shape, setting.precision, device)
+    step = training_step(model, optimizer, sizes, setting.precision, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step()  # the first loads kernels, and makes the optimizer's state
@@ -158,10 +166,15 @@ def _build_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimize
     return OPTIMIZERS[setting.optimizer]([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
-def loss_of(model: nn.Module, batch: Tensor, precision: str) -> Tensor:
-    """A scalar on which all the model's floating-point outputs depend; branches run under autocast in bf16."""
-    with torch.autocast(batch.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        output = model(batch)
+def loss_of(model: nn.Module, batch: Any, precision: str) -> Tensor:
+    """A scalar on which all the model's floating-point outputs depend; branches run under autocast in bf16.
+
+    batch: a tensor, a tuple of them, or a dictionary by the names of forward's arguments.
+    """
+    tensor = first_tensor(batch)
+    assert tensor is not None, "a batch has tensors"
+    with torch.autocast(tensor.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        output = call(model, batch)
     values = [value.float().square().mean() for value in _tensors(output) if value.is_floating_point()]
     if not values:
         raise ValueError(f"the model returned no floating-point tensor but a {type(output).__name__}")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import dr2net
-from dr2net.cli import main, parse_bytes, parse_shape
+from dr2net.cli import main, parse_bytes
+from dr2net.inputs import parse_shape
 from dr2net.model_names import find_by_depth, find_model
 from dr2net.planner import METHODS
 
