@@ -65,6 +65,11 @@ def positional_names(block: nn.Module) -> tuple[str, ...]:
     return _positional_names(inspect.unwrap(type(block).forward))
 
 
+def argument_names(block: nn.Module, args: Sequence[Any], named: dict[str, Any]) -> list[str]:
+    """The name of each argument after x: those of `args`, then those of `named`."""
+    return [*(_name(index, positional_names(block)) for index in range(len(args))), *named]
+
+
 @functools.cache
 def _positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -86,16 +91,16 @@ def words_of(
     for path, value in tree_flatten_with_path((tuple(args), named))[0]:
         if not isinstance(value, Tensor):
             continue
-        of_named, key = path[0].idx == 1, path[1]
-        if of_named:
-            name = key.key
-        else:
-            name = positional[min(key.idx, len(positional) - 1)] if positional else f"argument {key.idx + 1} after x"
+        name = path[1].key if path[0].idx == 1 else _name(path[1].idx, positional)
         word = beside if beside is None or isinstance(beside, str) else beside.get(name)
         if word is None:
             raise RunsWhole(f"it does not say what the tensor {name!r} beside x is (Branch.beside)")
         found.append(_as_cut(word, value, x, name))
     return found
+
+
+def _name(index: int, positional: Sequence[str]) -> str:
+    return positional[min(index, len(positional) - 1)] if positional else f"argument {index + 1} after x"
 
 
 def _as_cut(word: Word, value: Tensor, x: Tensor, name: str) -> Word:

@@ -35,6 +35,7 @@ from dr2net.beside import Beside, RunsWhole, check_words, words_of
 from dr2net.chunks import Chunks, Groups
 from dr2net.patches import all_plain
 
+FOUND = "_dr2net_found"  # the attribute of a block that holds what a probe found out about it, see `whole.py`
 SMALL = "it is smaller than a chunk"
 
 
@@ -148,8 +149,22 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     """Branches and, where there are none, the reason in words.
 
     A subclass that overrides `forward` computes something else than the block it inherits from, so it is not converted
-    unless it is registered itself.
+    unless it is registered itself. What is not registered may have been found out (`probe.py`).
     """
+    branches, reason = _registered(block)
+    found = block.__dict__.get(FOUND)
+    if branches or found is None:
+        return branches, reason
+    return found.branches(block), found.reason
+
+
+def begins_run(block: nn.Module) -> bool:
+    """A probe has found that its input is not the output of the block that stands before it."""
+    found = block.__dict__.get(FOUND)
+    return found is not None and found.begins
+
+
+def _registered(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     known = _known(type(block))
     if known is None:
         return (), f"no branches are known for blocks of type {type(block).__name__}"

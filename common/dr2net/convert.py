@@ -9,10 +9,9 @@ model computes what the original computes. Not here: what the branches of a bloc
 import functools
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,58 +20,25 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dr2net.beside import refuse_unknown_arguments
-from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
+from dr2net.branches import Branch, begins_run, blocks_of, find_branches, refuse_uncovered
 from dr2net.description import KEY, Description, attach, detach, recorded, runs_again
+from dr2net.entry import entry_of
 from dr2net.module_state import StatisticsKept
 from dr2net.options import Options
 from dr2net.patches import refuse_checkpointing, refuse_patched
+from dr2net.probe import Probe, Probed, advice_of, probe_blocks
+from dr2net.report import Report
 from dr2net.sequence import ReversibleSequence, make_plain, make_reversible, refuse_taken_names
+from dr2net.whole import mark, unmark
 
 
-@dataclass(frozen=True)
-class Report:
-    """What became reversible, what did not, and why; as text, also what ran in the last forward pass."""
-
-    sequences: tuple[tuple[str, int, int], ...]  # name of the container, reversible blocks, branches
-    ordinary: tuple[tuple[str, str], ...]  # name of a block that runs as it is, reason
-    reversible_parameters: int
-    all_parameters: int
-    converted: tuple[weakref.ref, ...] = field(default=(), repr=False, compare=False)  # the containers, in this order
-    taken: tuple[tuple[str, str], ...] = ()  # name of a container, coefficients that the model's config had for it
-
-    def __str__(self) -> str:
-        lines = [
-            f"reversible: {name}: {blocks} blocks, {branches} branches" for name, blocks, branches in self.sequences
-        ]
-        for index, container in enumerate(self.converted):
-            if isinstance(sequence := container(), ReversibleSequence):  # and not deconverted since
-                lines[index] += f"; {sequence.ran or 'none'} of them ran in the last pass{_in_chunks(sequence)}"
-        lines += [f"as it was:  {name}: {reason}" for name, reason in self.ordinary]
-        share = self.reversible_parameters / max(1, self.all_parameters)
-        lines += [
-            f"{share:.0%} of {self.all_parameters:,} parameters are in reversible blocks",
-        ]
-        lines += [f"{name} is at (alpha, beta) = {at}, as its weights were saved" for name, at in self.taken]
-        if not self.taken:
-            lines.append(
-                "a conversion starts at (alpha, beta) = (1, 0), the plain network: see dr2net.set_coefficients"
-            )
-        return "\n".join(lines)
-
-
-def _in_chunks(sequence: ReversibleSequence) -> str:
-    """How many branches of the last pass ran in chunks, and why the others did not, where `chunk_mib` asks for it."""
-    if sequence.chunk_mib is None or not sequence.ran:
-        return ""
-    whole = Counter((name.rpartition(".")[2], reason) for name, reason in sequence.whole.items())
-    cut = sequence.ran - whole.total()
-    text = f", {cut} in chunks of {sequence.chunk_mib:g} MiB"
-    text += "" if cut else f", so that chunk_mib={sequence.chunk_mib:g} has no effect there"
-    return text + "".join(f"\n    as a whole: {count} {name!r}: {reason}" for (name, reason), count in whole.items())
-
-
-def convert(model: nn.Module, options: Options | None = None, **changes: Any) -> Report:
+def convert(model: nn.Module, options: Options | None = None, *, probe: Probe | None = None, **changes: Any) -> Report:
     """Make the residual blocks of `model` reversible, in place.
+
+    probe: for blocks of any type, a function that runs the model on a batch, as in
+    `convert(model, probe=lambda model: model(batch))`. It is called once, without gradients, to see which blocks run
+    one after another (`probe.py`); those that are not registered become one branch each. Run it in the mode and with
+    the kind of input of the training.
 
     options: how, see `dr2net.Options`; None: the defaults. changes: single options by name, as in
     `convert(model, chunk_mib=256, recompute_rest=True)`. TypeError for a name that is none.
@@ -85,7 +51,31 @@ def convert(model: nn.Module, options: Options | None = None, **changes: Any) ->
     converted already; for what would make it compute something else (`patches.py`): a `forward` replaced on a block,
     backward hooks on it, the model's own gradient checkpointing. The model is then as it was.
     """
-    return _convert(model, replace(options or Options(), **changes), checkpointed=False)
+    chosen = replace(options or Options(), **changes)
+    with _probed(model, probe, chosen) as probed:
+        report = _convert(model, chosen, checkpointed=False)
+    if probed is None:
+        return report
+    notes = ((name or type(model).__name__, why) for name, why in probed.notes.items())
+    return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(probed.runs, model))
+
+
+@contextmanager
+def _probed(model: nn.Module, probe: Probe | None, options: Options) -> Iterator[Probed | None]:
+    """Inside, what a probe found out stands on the blocks; it stays on those that became reversible."""
+    if probe is None:
+        yield None
+        return
+    _refuse_converted(model)
+    probed = probe_blocks(model, probe, chunks=options.chunk_mib is not None)
+    for block, found in probed.found.items():
+        mark(block, found)
+    try:
+        yield probed
+    finally:
+        for block in probed.found:
+            if entry_of(block) is None:
+                unmark(block)
 
 
 def _convert(model: nn.Module, options: Options, *, checkpointed: bool) -> Report:
@@ -120,8 +110,8 @@ def _convert(model: nn.Module, options: Options, *, checkpointed: bool) -> Repor
         (*ordinary, *elsewhere.items()),
         sum(p.numel() for p in inside),
         sum(p.numel() for p in model.parameters()),
-        tuple(weakref.ref(container) for container in found.values()),
-        taken,
+        converted=tuple(weakref.ref(container) for container in found.values()),
+        taken=taken,
     )
 
 
@@ -254,14 +244,13 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
 
     Changes nothing. ValueError if there is no such container.
     """
+    _refuse_converted(model)
     found: dict[str, nn.Module] = {}
     refused: list[str] = []
     elsewhere: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for module_name, module in model.named_modules():
         name = module_name or type(model).__name__
-        if isinstance(module, ReversibleSequence) or runs_again(module):
-            raise ValueError(f"{name} is converted already; call dr2net.deconvert(model) first")
         refuse_checkpointing(module, name)
         if module in inside:  # of a reversible block: runs as part of its branches
             continue
@@ -284,13 +273,21 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
         refused = [f"{name}: {reason}" for name, reason in elsewhere.items()] + refused
         if find_branches(model)[0]:
             refused.insert(0, f"{type(model).__name__} is a block itself; put it into an nn.Sequential")
+        refused.sort(key=lambda line: ": no branches are known for blocks of type" in line)  # the least telling last
         listed = "\n  ".join(refused[:12]) or "it holds no nn.Sequential or nn.ModuleList of blocks"
         raise ValueError(
             f"nothing in {type(model).__name__} can be made reversible:\n  {listed}\n"
-            "Register the branches of your block type with dr2net.branches_of.register (an example: "
+            "For blocks of any type give a batch to try, dr2net.convert(model, probe=lambda model: model(batch)), or "
+            "register the branches of your block type with dr2net.branches_of.register (an example: "
             "help('dr2net.branches')); the blocks must stand in an nn.Sequential, nn.ModuleList or nn.ModuleDict"
         )
     return found, elsewhere
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ReversibleSequence) or runs_again(module):
+            raise ValueError(f"{name or type(model).__name__} is converted already; call dr2net.deconvert(model) first")
 
 
 def _join(name: str, child: str) -> str:
@@ -350,12 +347,13 @@ def _check(containers: dict[str, nn.Module]) -> None:
                         f"{name} also stands in {home[block]}, so it is not known which blocks come after it; keep it "
                         "in one container"
                     )
-                if not before and block in starts:
+                first = not before or begins_run(block)
+                if first and block in starts:
                     raise ValueError(
                         f"{name} begins two runs of blocks in {container_name}, so it is not known which blocks come "
                         "after it; use a copy for the second"
                     )
-                if not before:
+                if first:
                     starts.add(block)
             before = branches
 

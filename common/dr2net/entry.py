@@ -83,14 +83,19 @@ def _is_exporting() -> bool:
     return exporting is not None and exporting()
 
 
-def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
-    """x, and the arguments after it; x may have been passed by name."""
+def first_argument(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+    """What is x among a block's arguments, and those after it; x may have been passed by name."""
     if not args:
         _, first, *_ = inspect.signature(type(block).forward).parameters  # after self
         if first not in named:
             raise TypeError(f"{type(block).__name__} was called without its input {first!r}")
-        args, named = (named[first],), {name: value for name, value in named.items() if name != first}
-    x, *rest = args
+        return named[first], (), {name: value for name, value in named.items() if name != first}
+    return args[0], args[1:], named
+
+
+def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """x, and the arguments after it."""
+    x, rest, named = first_argument(block, args, named)
     tracing = torch.jit.is_tracing() or _is_exporting()
     if tracing or not isinstance(x, Tensor):
         raise ValueError(
@@ -98,4 +103,4 @@ def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor
             + ("cannot be traced or exported" if tracing else f"takes a tensor, not a {type(x).__name__}")
             + "; to trace or export the model, set the coefficients to (1, 0) and call dr2net.deconvert(model)"
         )
-    return x, tuple(rest), named
+    return x, rest, named

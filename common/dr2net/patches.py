@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from dr2net.entry import Entry
+
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp")  # of timm, transformers,
 # Microsoft's and OpenMMLab's Swin: true when a module runs again in backward by its own means
 
@@ -29,8 +31,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def all_plain(modules: Iterable[nn.Module]) -> bool:
-    """Nothing is put on any of the modules or on what is inside them."""
-    return all(is_plain(inner) for module in modules for inner in module.modules())
+    """Nothing is put on any of the modules or on what is inside them; a reversible block that is a part of its own
+    branch counts as plain, since what is put on it runs around the branch."""
+    inside = (inner for module in modules for inner in module.modules())
+    return all(is_plain(module) for module in inside if not isinstance(module.__dict__.get("forward"), Entry))
 
 
 def own_checkpointing(module: nn.Module) -> str | None:

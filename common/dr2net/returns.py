@@ -1,4 +1,5 @@
-"""What a block returns when it is not reversible: a tensor, or something that holds one, as in `return x, None`.
+"""What a block returns when it is not reversible: a tensor, or something that holds one, as in `return x, None`, or
+in `return x, mask` where the mask is an argument.
 
 A branch registration says what a block computes, not how it hands that out, and `block(x)[0]` of a tensor would be the
 first sample of the batch. So the block's own forward is run once, on fake tensors (no numbers, memory or randomness)
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dr2net import rng
 
@@ -25,16 +26,56 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass(frozen=True)
 class Returned:
-    """`leaves` in `structure`, of which `position` is the block's output."""
+    """`leaves` in `structure`, of which `position` is the block's output, and `given` are arguments handed on: position
+    here, position among the leaves of the block's arguments after x."""
 
     leaves: tuple[Any, ...]
     structure: TreeSpec
     position: int
+    given: tuple[tuple[int, int], ...] = ()
 
-    def put(self, output: Tensor) -> Any:
+    def put(self, output: Tensor, args: tuple, named: dict[str, Any]) -> Any:
+        """What the block called with these arguments after x returns, if `output` is its output."""
         leaves = list(self.leaves)
         leaves[self.position] = output
+        if self.given:
+            arguments = tree_leaves((args, named))
+            for position, argument in self.given:
+                leaves[position] = arguments[argument]
         return tree_unflatten(leaves, self.structure)
+
+
+def kind_of(args: tuple, named: dict[str, Any]) -> str:
+    """Two calls of a block with arguments of the same kind return the same form."""
+    leaves, structure = tree_flatten((args, named))
+    plain = [
+        "tensor" if isinstance(v, Tensor) else repr(v) if isinstance(v, bool | str | None) else type(v) for v in leaves
+    ]
+    return f"{structure} {plain}"
+
+
+def form_of(result: Any, x: Tensor, args: tuple, named: dict[str, Any], block: nn.Module) -> Returned | None:
+    """How `result`, which the block returned for x and these arguments, holds its output; None for the tensor alone.
+
+    Raises ValueError if it has none of x's shape, or more tensors than that which are no arguments.
+    """
+    if isinstance(result, Tensor):
+        return None
+    leaves, structure = tree_flatten(result)
+    arguments = {
+        id(v): i for i, v in enumerate(tree_leaves((args, named))) if not isinstance(v, bool | int | str | None)
+    }
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    new = [i for i in tensors if id(leaves[i]) not in arguments]
+    if len(new) != 1 or leaves[new[0]].shape != x.shape or new[0] != tensors[0]:
+        raise ValueError(
+            f"{type(block).__name__} returns a {type(result).__name__} with {len(new)} tensors, and a reversible "
+            "block knows only its output, one tensor of its input's shape; let its forward return that alone"
+        )
+    given = tuple((i, arguments[id(leaf)]) for i, leaf in enumerate(leaves) if id(leaf) in arguments)
+    handed_on = {i for i, _ in given}
+    kept = tuple(None if i == new[0] or i in handed_on else leaf for i, leaf in enumerate(leaves))
+    return Returned(kept, structure, new[0], given)
 
 
 def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
@@ -46,31 +87,22 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        result = _plain(block, (x, args, named), mode, mode.from_tensor)
+        arguments, result = _plain(block, (x, args, named), mode, mode.from_tensor)
     except Exception:  # the block looks at numbers (`if mask.any()`), or uses tensors that cannot be fake
         try:
             with rng.replay(rng.record(x), x):
-                result = _plain(block, (x, args, named), nullcontext(), torch.clone)
+                arguments, result = _plain(block, (x, args, named), nullcontext(), torch.clone)
         except Exception:  # the pass meets what is wrong, and says it by the name of the branch
             return None
-    if isinstance(result, Tensor):
-        return None
-    leaves, structure = tree_flatten(result)
-    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(tensors) != 1 or leaves[tensors[0]].shape != x.shape:
-        raise ValueError(
-            f"{type(block).__name__} returns a {type(result).__name__} with {len(tensors)} tensors, and a reversible "
-            "block knows only its output, one tensor of its input's shape; let its forward return that alone"
-        )
-    leaves[tensors[0]] = None
-    return Returned(tuple(leaves), structure, tensors[0])
+    x, args, named = arguments
+    return form_of(result, x, args, named, block)
 
 
 def _plain(
     block: nn.Module, arguments: tuple, mode: AbstractContextManager[Any], stand_in: Callable[[Tensor], Tensor]
 ) -> Any:
-    """What the block's class returns, computed inside `mode` on stand-ins for all tensors, and copies of other objects
-    to which the block could write (a cache of keys and values)."""
+    """Stand-ins for the arguments, and what the block's class returns for them, computed inside `mode`: of tensors, and
+    copies of other objects to which the block could write (a cache of keys and values)."""
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
@@ -80,7 +112,7 @@ def _plain(
         arguments = tree_map(lambda v: stand_in(v) if isinstance(v, Tensor) else copy.deepcopy(v), arguments)
         x, args, named = arguments
         with mode, _autocast_without_cache(x):
-            return type(block).forward(block, x, *args, **named)
+            return arguments, type(block).forward(block, x, *args, **named)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten
 
 from dr2net import coupling, exact
 from dr2net.beside import positional_names
-from dr2net.branches import Branch, blocks_of, find_branches, refuse_uncovered
+from dr2net.branches import Branch, begins_run, blocks_of, find_branches, refuse_uncovered
 from dr2net.checkpointed import Checkpointed
 from dr2net.chunks import Chunks
 from dr2net.entry import entry_of
@@ -66,6 +66,8 @@ class Pass:
         self.end = self.expected  # index after the last block of the run
         while self.end < len(self.blocks) and self.branches[self.end]:
             name, other = self.blocks[self.end]
+            if self.end > self.expected and begins_run(other):
+                break
             refuse_backward_hooks(other, f"block {name}")
             if other.training:
                 refuse_checkpointing(other, f"block {name}")
@@ -98,12 +100,12 @@ class Pass:
                 f"block {self.blocks[places[0]][0]} was converted and is not reversible any more: "
                 f"{find_branches(block)[1]}; {CONVERT_AGAIN}"
             )
-        starts = [index for index in places if index == 0 or not self.branches[index - 1]]
+        starts = [i for i in places if i == 0 or not self.branches[i - 1] or begins_run(block)]
         if not starts:
             raise ValueError(
                 f"the input of block {self.blocks[places[0]][0]} is not the output of the block before it, or that was "
                 "changed or used already; a reversible run of blocks cannot be interrupted, repeated or entered in the "
-                f"middle{_likely_cause()}"
+                f"middle, nor can a block in it be left out (LayerDrop: set it to 0){_likely_cause()}"
             )
         return starts[0]
 

@@ -12,15 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dr2net import exact
-from dr2net.branches import blocks_of, find_branches, is_adapted
+from dr2net.branches import FOUND, blocks_of, find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
 from dr2net.entry import Entry, entry_of, parts_of
 from dr2net.options import Options
-from dr2net.returns import Returned, returned
+from dr2net.returns import Returned, kind_of, returned
 from dr2net.reversible import Pass
 from dr2net.sharding import door_of, take_door
 
@@ -69,6 +68,7 @@ class ReversibleSequence(nn.Module):
     def _become_plain(self) -> None:
         for block in blocks_of(self).values():
             take_door(block)
+            block.__dict__.pop(FOUND, None)
             if isinstance(block.__dict__.get("forward"), Entry):
                 del block.forward
             elif (entry := entry_of(block)) is not None:  # inside a wrapper that was put on later
@@ -111,18 +111,18 @@ class ReversibleSequence(nn.Module):
                 _keep_open(current, output)
             else:
                 door.open(functools.partial(_keep_open, current))
-        return output if how is None else how.put(output)
+        return output if how is None else how.put(output, args, named)
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
         """See `returns.py`; asked once per kind of block and of arguments."""
         if is_adapted(block):  # a block of a library that is known to return tensors
             return None
-        leaves, structure = tree_flatten((args, named))
-        plain = [repr(value) if isinstance(value, bool | str | None) else type(value) for value in leaves]
-        key = f"{type(block)} {structure} {plain}"
-        if key not in self.returns:
-            self.returns[key] = returned(block, x, args, named)
-        return self.returns[key]
+        kind, found = kind_of(args, named), block.__dict__.get(FOUND)
+        known = self.returns if found is None else found.returns  # or those seen in a probe
+        key = kind if found is not None else f"{type(block)} {kind}"
+        if key not in known:
+            known[key] = returned(block, x, args, named)
+        return known[key]
 
     @property
     def checkpointed(self) -> bool:

@@ -105,6 +105,14 @@ def test_what_sees_all_groups_runs_as_a_whole() -> None:
     assert "independent" in first.chunks(x, (), {}, 1e-3)
 
 
+def test_a_block_that_is_its_own_branch_runs_in_chunks() -> None:
+    model, x = FAMILIES["resnet"]()
+    model.eval()
+    report = dr2net.convert(model, chunk_mib=1e-4)
+    model(x)
+    assert "2 of them ran in the last pass, 2 in chunks" in str(report) and "as a whole" not in str(report)
+
+
 def test_chunks_cost_no_more_operations() -> None:
     x = build_input(4, 64, WIDTH)
 
