@@ -213,7 +213,7 @@ def differentiate(
         wanted += [*side.cut, *inputs]
         found: list[Tensor | None] = [None] * len(wanted)
         if f.requires_grad:
-            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad_chunk.to(f.dtype)
+            edge, grad_f = edge_of(f), grad_chunk.to(f.dtype)
             del f  # its values are not needed to differentiate it
             found = list(torch.autograd.grad(edge, wanted, grad_f, allow_unused=True))
             del edge, grad_f
@@ -296,6 +296,16 @@ def _rows(x: Tensor) -> Tensor:
 
 def _buffer(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return rows.new_empty(len(rows) + 1, rows.shape[1], dtype=dtype)
+
+
+def edge_of(f: Tensor) -> torch.autograd.graph.GradientEdge:
+    """Where the backward of f begins; f's values may be freed before it.
+
+    Of a view, whose node is C++'s own and holds the graph: an edge to a node made in Python (a compiled branch) holds
+    nothing in torch before 2.8, and to differentiate it crashed the process.
+    """
+    with torch.enable_grad():
+        return torch.autograd.graph.get_gradient_edge(f.view_as(f))
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

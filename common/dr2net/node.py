@@ -27,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
-from dr2net.chunks import Chunks, differentiate, evaluate
+from dr2net.chunks import Chunks, differentiate, edge_of, evaluate
 from dr2net.foreign import Reached, caught, hooks_suspended, refuse_changed_arguments
 from dr2net.grid import Rows, coarser
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
@@ -195,7 +195,7 @@ class Node:
         assert f is not None
         found: Iterator[Tensor | None] = iter(())
         if f.requires_grad:
-            edge, grad_f = torch.autograd.graph.get_gradient_edge(f), grad.to(f.dtype)
+            edge, grad_f = edge_of(f), grad.to(f.dtype)
             del f  # its values are not needed to differentiate it
             with hooks_suspended(self.parameters):
                 wanted = [t for t in inputs if t.requires_grad]

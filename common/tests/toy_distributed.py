@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_blocks import WIDTH, ToyNet, build_input, build_net, converted
+from toy_sharding import fully_shard
 
 COEFFICIENTS = (0.5, 0.5)
 CASES = {  # options of DistributedDataParallel
