@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--live", type=int, default=0, metavar="N", help="also list the N largest tensors at each peak")
     plan.add_argument("--plot", metavar="FILE", help="picture: peak against what grows, and against depth")
+    plan.add_argument("--shards", type=int, default=1, metavar="N", help="of N processes, fully_shard on each block")
     plan.add_argument("--calibrate", action="store_true", help="train two steps on the GPU, compare its allocator")
     plan.set_defaults(run=_plan)
 
@@ -120,7 +121,7 @@ def _plan(options: argparse.Namespace) -> None:
     how = Options(
         inversion=options.inversion, chunk_mib=options.chunk_mib or None, recompute_rest=options.recompute_rest
     )
-    setting = Setting(options.precision, options.optimizer, (0, 1), how)
+    setting = Setting(options.precision, options.optimizer, (0, 1), how, options.shards)
     phases = planner.phases(_schedule(options), setting)
     model = _on_paper(options).train()
     batches = batches.of_model(model)
@@ -154,7 +155,8 @@ def _plan(options: argparse.Namespace) -> None:
         if options.calibrate:
             calibrated.append(_calibrated(model, method, settings[worst], batches, options.model))
     _say("")
-    print(f"{options.model}, input {batches}, {options.precision}, {options.optimizer}, {options.inversion}")
+    each = f", each of {options.shards} processes" if options.shards > 1 else ""
+    print(f"{options.model}, input {batches}{each}, {options.precision}, {options.optimizer}, {options.inversion}")
     split = ("peak", "parameters", "gradients", "optimizer", "stored", "temporaries")
     print_table(("method", *split, f"fits {options.budget}", f"largest {_axis(grown[0])}"), rows)
     for reason, methods in omitted.items():

@@ -233,6 +233,15 @@ def sequences(model: nn.Module) -> list[ReversibleSequence]:
     return found
 
 
+def all_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of an unconverted model, those that run as they are included: the units of `fully_shard`.
+
+    ValueError if there is none to convert.
+    """
+    found, _ = _containers(model)
+    return [b for c in found.values() for b in dict.fromkeys(c.children()) if b not in found.values()]
+
+
 def set_coefficients(model: nn.Module, alpha: float, beta: float | Fraction) -> None:
     """Set (alpha, beta) of all reversible sequences from the next forward pass on, in training and evaluation alike."""
     for sequence in sequences(model):

@@ -110,6 +110,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls on fake tensors
             return func(*args)
+        if any(hasattr(cls, "_local_tensor") for cls in types):
+            return NotImplemented  # a DTensor calls again with what this process has of it
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
             self.forward_ends.append(len(self.log))
@@ -123,14 +125,42 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, operator: str, category: Category | None = None) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
-        storage = tensor.untyped_storage()
+        self._see(tensor.untyped_storage(), operator, tensor.dtype, tuple(tensor.shape), category)
+
+    @contextlib.contextmanager
+    def watching_sizes(self) -> Iterator[None]:
+        """Inside, storages that change their size are seen: FSDP gathers parameters into them and empties them, without
+        an operator.
+        """
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_see(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage.device.type in (self.device, "meta"):  # a fake tensor's
+                self._see(storage, "resize_", torch.uint8, (storage.nbytes(),), None)
+
+        torch.UntypedStorage.resize_ = resize_and_see  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    def _see(
+        self,
+        storage: torch.UntypedStorage,
+        operator: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        category: Category | None,
+    ) -> None:
         key, num_bytes = id(storage), storage.nbytes()
         number = self._numbers.get(key)
         if number is None:
             number = len(self.allocations)
-            self.allocations.append(_Allocation(0, operator, tensor.dtype, tuple(tensor.shape), _line_outside_torch()))
+            self.allocations.append(_Allocation(0, operator, dtype, shape, _line_outside_torch()))
             self._numbers[key] = number
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         allocation = self.allocations[number]
@@ -205,7 +235,7 @@ def measure(step: Step, model: nn.Module, optimizer: Optimizer | None = None) ->
     device = _device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    memory = _run(step, model, optimizer, device.type)
+    memory = run_and_count(step, model, optimizer, device.type)
     allocator = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return replace(memory, device=allocator, process=process_peak())
 
@@ -225,10 +255,10 @@ def predict(
     """
     _device_of(model)
     lists = cuda_autocast() if like == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), _fake_tensors(model, optimizer), lists:
-        memory = _run(step, model, optimizer, "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_tensors(model, optimizer), lists:
+        memory = run_and_count(step, model, optimizer, "cpu")
         if optimizer is not None and any(parameter.grad is not None for parameter in model.parameters()):
-            memory = _run(step, model, optimizer, "cpu")
+            memory = run_and_count(step, model, optimizer, "cpu")
         return memory
 
 
@@ -273,12 +303,18 @@ def _device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
-def _run(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str) -> Memory:
+def run_and_count(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str) -> Memory:
+    """Run `step` and count what lives on `device`, "cpu" or "cuda"."""
     tracker = _LiveBytes(device)
 
     def see_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None
         tracker.see(parameter.grad, "gradient", "gradients")
+
+    def see_gradients(*_: object) -> None:  # of sharded parameters, which arrive without a hook
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                see_gradient(parameter)
 
     with contextlib.ExitStack() as stack:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -287,8 +323,10 @@ def _run(step: Step, model: nn.Module, optimizer: Optimizer | None, device: str)
                 see_gradient(tensor)
             if tensor.requires_grad:  # the gradients may be gone at the end of the step, so they are caught on arrival
                 stack.callback(tensor.register_post_accumulate_grad_hook(see_gradient).remove)
+        if optimizer is not None:
+            stack.callback(optimizer.register_step_pre_hook(see_gradients).remove)
         _see_state(tracker, optimizer)
-        with tracker:
+        with tracker, tracker.watching_sizes():
             step()
         _see_state(tracker, optimizer)
     return tracker.memory()
@@ -302,7 +340,7 @@ def _see_state(tracker: _LiveBytes, optimizer: Optimizer | None) -> None:
 
 
 @contextlib.contextmanager
-def _fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+def fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
     """Every tensor that the modules or the optimizer hold is a fake CPU tensor inside, and its own self afterwards."""
     fakes: dict[int, Any] = {}
 
@@ -333,7 +371,7 @@ def _fake_tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Non
 
 
 def _line_outside_torch() -> str:
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
         name = frame.f_code.co_filename
         if "/torch/" not in name and name != __file__ and not name.startswith("<"):

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 import dr2net
 from dr2net import exact
 from dr2net.branches import find_branches
+from dr2net.convert import all_blocks
 from dr2net.error_law import anchor_spacing
 from dr2net.inputs import Batches, Shape, call, first_tensor
 from dr2net.memory import Memory, measure, predict
 from dr2net.options import Options
+from dr2net.sharded_memory import predict_sharded
 from dr2net.styles import STYLES
 
 METHODS = (
@@ -61,6 +63,11 @@ class Setting:
     optimizer: str = "adamw"
     coefficients: tuple[float, float] = (7 / 8, 1 / 8)  # alpha, beta of dr2net
     options: Options = CHUNKED  # the rows without chunks leave chunk_mib and recompute_rest out
+    shards: int = 1  # processes that share parameters, gradients and optimizer state: FSDP2 on each block and the model
+
+    def __post_init__(self) -> None:
+        if self.shards < 1:
+            raise ValueError(f"{self.shards} shards: give the number of processes that share the model, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def predictor(
 
     model: unconverted, in training mode; it is copied. It may live on the "meta" device.
     """
-    model = copy.deepcopy(model)
+    plain, model = model, copy.deepcopy(model)
     apply(model, method, setting)
     optimizer = _build_optimizer(model, setting)
 
@@ -141,14 +148,32 @@ def predictor(
     def compute(sizes: Sizes) -> Memory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `dr2net check`
+            if setting.shards > 1:
+                return _predict_sharded(copy.deepcopy(plain), method, setting, sizes, like)
             step = training_step(model, optimizer, sizes, setting.precision, "cpu")
             return predict(step, model, optimizer, like=like)
 
     return predict_at
 
 
+def _predict_sharded(
+    model: nn.Module, method: str, setting: Setting, sizes: Sizes, like: Literal["cuda", "cpu"]
+) -> Memory:
+    def make_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+        optimizer = _build_optimizer(model, setting)
+        return training_step(model, optimizer, sizes, setting.precision, "cpu"), optimizer
+
+    blocks = all_blocks(model)
+    apply(model, method, setting)
+    return predict_sharded(make_step, model, blocks, setting.shards, like=like)
+
+
 def calibrate(model: nn.Module, method: str, setting: Setting, sizes: Sizes, device: str) -> tuple[Memory, Memory]:
-    """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`."""
+    """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`; ValueError for
+    shards, which need their processes.
+    """
+    if setting.shards > 1:
+        raise ValueError(f"{setting.shards} shards are not measured by one process; predict with `predictor`")
     like: Literal["cuda", "cpu"] = "cpu" if torch.device(device).type == "cpu" else "cuda"
     predicted = predictor(model, method, setting, like=like)(sizes)
     model = copy.deepcopy(model)

@@ -65,6 +65,16 @@ def test_plan_lists_every_method_with_its_split_and_largest_batch(factory: str, 
     assert "omitted: lora (peft is not installed: pip install 'dr2net[lora]')" in printed
 
 
+@pytest.mark.slow
+def test_plan_is_made_for_each_of_several_processes(factory: str, capsys) -> None:
+    command = f"--model {factory}:small --input 4x3x32x32 --budget 1MiB --chunk-mib 0 --shards"
+    alone, shared = (plan(capsys, f"{command} {shards}") for shards in (1, 4))
+    assert "input 4x3x32x32, each of 4 processes" in shared
+    few, many = (table(printed.split("omitted")[0], "method")["dr2net"] for printed in (shared, alone))
+    assert float(few[0].split()[0]) < float(many[0].split()[0])  # peak
+    assert float(few[3].split()[0]) < float(many[3].split()[0]) / 3  # optimizer
+
+
 def test_plan_can_grow_other_dimensions_in_steps(factory: str, capsys) -> None:
     command = f"--model {factory}:small --input 1x3x32x32 --budget 1GiB --grow 0:10 --chunk-mib 0"
     printed = plan(capsys, f"{command} --optimizer sgd --inversion float --live 3")
@@ -154,6 +164,7 @@ def test_check_says_where_the_exact_inversion_overflows(factory: str, capsys) ->
         ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib=-1", "--chunk-mib -1 is no size"),
         ("plan --model FACTORY:small --input 1x3x32x32 --chunk-mib nan", "--chunk-mib nan is no size"),
         ("plan --model FACTORY:small --input 1x3x32x32 --calibrate", "torch sees none here"),
+        ("plan --model FACTORY:small --input 1x3x32x32 --shards 0", "0 shards: give the number of processes"),
         ("plan --model FACTORY:convolution --input 1x3x8x8 --plot x.txt", "--plot x.txt is no picture"),
         ("plan --model FACTORY:small --input 999999999x3x32x999999999", "does not run on an input of"),
         ("check --model FACTORY:small --input 1x3x32x32 --start 1", "is not alpha,beta"),
