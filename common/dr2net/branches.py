@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dr2net.beside import Beside, RunsWhole, check_words, words_of
 from dr2net.chunks import Chunks, Groups
+from dr2net.handed_out import hand_out
 from dr2net.patches import all_plain
 
 FOUND = "_dr2net_found"  # the attribute of a block that holds what a probe found out about it, see `whole.py`
@@ -53,6 +54,7 @@ class Branch:
     beside: what the tensors among the block's arguments are to F: "rows" of x, one for each of the "samples", "shared"
         by all, "unused"; or a word for each argument by its name (`beside.py`). None: unknown, and with such a tensor F
         runs as a whole.
+    hands_out: `function` returns a tuple: F, and what the block hands out behind its output, as in `return x, weights`.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Branch:
     drop_path: nn.Module | None = None
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
     beside: Beside | None = None
+    hands_out: bool = False
 
     own_parameters: tuple[nn.Parameter, ...] = field(init=False)
 
@@ -79,8 +82,16 @@ class Branch:
 
     def __call__(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         """F(x), drop path included."""
-        f = self.function(x, *args, **named)
+        f = self._alone(self.function(x, *args, **named))
         return f if self.drop_path is None else self.drop_path(f)
+
+    def _alone(self, returned: Any) -> Tensor:
+        """F without what is handed out beside it."""
+        if not self.hands_out:
+            return returned
+        f, *rest = returned
+        hand_out(rest)
+        return f
 
     def chunks(
         self, x: Tensor, args: Sequence[Any], named: dict[str, Any], mib: float, positional: Sequence[str] = ()
@@ -117,7 +128,7 @@ class Branch:
             for position, tensor in zip(used, own, strict=True):
                 given[position] = tensor
             own_args, own_named = tree_unflatten(given, structure)
-            return self.function(chunk, *own_args, **own_named)
+            return self._alone(self.function(chunk, *own_args, **own_named))
 
         if not isinstance(self.independent, str):
             groups = self.independent(x)
@@ -209,5 +220,5 @@ def _known(cls: type[nn.Module]) -> type[nn.Module] | None:
     from dr2net import adapters  # it registers with `branches_of`, so it stands above this file
 
     for base in cls.__mro__:
-        adapters.register(base.__module__.split(".")[0])
+        adapters.register(base)
     return next((base for base in cls.__mro__ if base in branches_of.registry and base is not object), None)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 WRAPPERS = (
     "FullyShardedDataParallel, DataParallel and torch.func.functional_call put other tensors in the place of "
@@ -122,6 +122,7 @@ def refuse_changed_arguments(now: Any, structure: TreeSpec, before: Sequence[Any
     the branch is recomputed, and what one branch puts there another does not see.
     """
     values, found = tree_flatten(now)
+    _, structure = tree_flatten(tree_unflatten(before, structure))  # a torch.Size has become a tuple
     if found != structure or any(a is not b for a, b in zip(values, before, strict=True)):
         raise ValueError(
             f"branch {name} changes a list or dictionary among its arguments; return what it collects, or collect it "

@@ -30,6 +30,7 @@ from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, edge_of, evaluate
 from dr2net.foreign import Reached, caught, hooks_suspended, refuse_changed_arguments
 from dr2net.grid import Rows, coarser
+from dr2net.handed_out import forget
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 from dr2net.sharding import refuse_sharded
 
@@ -186,6 +187,7 @@ class Node:
             n.copy_(exact.encode(x, grid)[0])
             rng.restore(states)
             statistics.put_back()
+            forget()
             f, stream = run(exact.decode(n, grid))
         return f, stream
 

@@ -18,6 +18,7 @@ from dr2net import exact
 from dr2net.branches import FOUND, blocks_of, find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
 from dr2net.entry import Entry, entry_of, parts_of
+from dr2net.handed_out import caught
 from dr2net.options import Options
 from dr2net.returns import Returned, kind_of, returned
 from dr2net.reversible import Pass
@@ -104,13 +105,17 @@ class ReversibleSequence(nn.Module):
             del _OPEN[given]
         else:
             current = Pass(self, block)
-        how = self._returned(block, x, args, named)
-        output = current.step(x, args, named, given)
+        hands_out = any(branch.hands_out for branch in find_branches(block)[0])  # then they say what it returns
+        how = None if hands_out else self._returned(block, x, args, named)
+        with caught(stored=self.store) as more:
+            output = current.step(x, args, named, given)
         if not current.ended:
             if (door := door_of(block)) is None:
                 _keep_open(current, output)
             else:
                 door.open(functools.partial(_keep_open, current))
+        if hands_out:
+            return output, *more.values()
         return output if how is None else how.put(output, args, named)
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:

@@ -7,11 +7,22 @@ to register one's own (`branches.py`).
 import functools
 import importlib
 
-LIBRARIES = ("timm", "torchvision", "transformers", "pytorchvideo")
+from torch import nn
+
+LIBRARIES = ("timm", "torchvision", "pytorchvideo")
+
+
+def register(cls: type[nn.Module]) -> None:
+    """Make blocks of class `cls` known, if they are of a library that we know; of transformers this class alone."""
+    library = cls.__module__.split(".")[0]
+    if library == "transformers":
+        from dr2net.adapters import transformers
+
+        transformers.register(cls)
+    elif library in LIBRARIES:
+        _register_all(library)
 
 
 @functools.cache
-def register(library: str) -> None:
-    """Make the blocks of `library` known, if we know any; once."""
-    if library in LIBRARIES:
-        importlib.import_module(f"{__name__}.{library}").register()
+def _register_all(library: str) -> None:
+    importlib.import_module(f"{__name__}.{library}").register()
