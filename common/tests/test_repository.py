@@ -199,7 +199,7 @@ def test_there_are_two_autograd_functions_and_no_backbone_has_its_own() -> None:
 
 def readmes() -> list[Path]:
     names = ("README.md", "CONTRIBUTING.md", "common/README.md", "results/README.md")
-    places = [ROOT / name for name in names]
+    places = [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
     return [path for path in [*places, *(ROOT / task / "README.md" for task in TASKS)] if path.exists()]
 
 

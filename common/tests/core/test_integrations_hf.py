@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from toy_trainers import build_vit, coefficients, samples
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification, set_seed
 
 import dr2net
 from dr2net import Schedule
@@ -25,25 +26,12 @@ MOVING = Schedule((0.9, 0.1), (0.6, 0.4), until=1.0)
 STEPS = 6
 
 
-def build_vit() -> ViTForImageClassification:
-    set_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return ViTForImageClassification(
-        ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3, hidden_dropout_prob=0.1)
-    )
-
-
 def build_lora() -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
         build_vit(), LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
     )
-
-
-def samples(count: int = 24) -> list[dict[str, Any]]:
-    images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return [{"pixel_values": image, "labels": k % 3} for k, image in enumerate(images)]
 
 
 class Seen(TrainerCallback):
@@ -54,11 +42,6 @@ class Seen(TrainerCallback):
 
     def on_init_end(self, args, state, control, **named) -> None:
         named["model"].register_forward_pre_hook(lambda model, _: self.at.append(coefficients(model)))
-
-
-def coefficients(model: nn.Module) -> tuple[float, float]:
-    (sequence,) = [module for module in model.modules() if isinstance(module, dr2net.ReversibleSequence)]
-    return sequence.alpha, sequence.beta
 
 
 def build_trainer(

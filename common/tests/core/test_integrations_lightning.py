@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from toy_blocks import WIDTH, build_net
+from torch import nn
+from toy_blocks import build_net
+from toy_trainers import Task, batches, coefficients
 
 import dr2net
 from dr2net import Schedule
@@ -27,27 +27,6 @@ MOVING = Schedule((0.9, 0.1), (0.6, 0.4), until=1.0)
 STEPS = 8  # two epochs of four batches
 
 
-class Task(pl.LightningModule):
-    """A regression; `at` collects the coefficients of each training pass."""
-
-    def __init__(self, late: bool = False) -> None:
-        super().__init__()
-        self.net: nn.Module | None = None if late else build_net(2, dtype=torch.float32)
-        self.at: list[tuple[float, float]] = []
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
-
-    def training_step(self, batch, _) -> Tensor:
-        self.at.append(coefficients(self))
-        return self.net(batch[0]).square().mean()
-
-    def validation_step(self, batch, _) -> None:
-        self.log("loss", self.net(batch[0]).square().mean())
-
-    test_step = validation_step
-
-
 class LateTask(Task):
     def __init__(self) -> None:
         super().__init__(late=True)
@@ -55,16 +34,6 @@ class LateTask(Task):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = build_net(2, dtype=torch.float32)
-
-
-def coefficients(model: nn.Module) -> tuple[float, float]:
-    found = [module for module in model.modules() if isinstance(module, dr2net.ReversibleSequence)]
-    return (found[0].alpha, found[0].beta) if found else (1, 0)
-
-
-def batches() -> DataLoader:
-    x = torch.randn(16, 5, WIDTH, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x), batch_size=4)
 
 
 def build_trainer(folder: Path, *callbacks: Any, **arguments: Any) -> pl.Trainer:
