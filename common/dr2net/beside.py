@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 Word = Literal["rows", "samples", "shared", "unused"]
-Beside = Word | Mapping[str, Word]
+Beside = Word | Mapping[str, Word | Callable[[Tensor], Word]]  # a function of the tensor: it depends on its shape
 
 
 class RunsWhole(Exception):
@@ -39,7 +39,7 @@ def check_words(beside: Beside | None, name: str) -> None:
     """ValueError for what is no word of the table above."""
     words = {} if beside is None else {"": beside} if isinstance(beside, str) else beside
     for argument, word in words.items():
-        if word not in get_args(Word):
+        if not callable(word) and word not in get_args(Word):
             of = f" of {argument!r}" if argument else ""
             raise ValueError(f"beside{of} of branch {name!r} must be one of {', '.join(get_args(Word))}, not {word!r}")
 
@@ -95,7 +95,7 @@ def words_of(
         word = beside if beside is None or isinstance(beside, str) else beside.get(name)
         if word is None:
             raise RunsWhole(f"it does not say what the tensor {name!r} beside x is (Branch.beside)")
-        found.append(_as_cut(word, value, x, name))
+        found.append(_as_cut(word(value) if callable(word) else word, value, x, name))
     return found
 
 

@@ -38,6 +38,9 @@ from dr2net.patches import all_plain
 
 FOUND = "_dr2net_found"  # the attribute of a block that holds what a probe found out about it, see `whole.py`
 SMALL = "it is smaller than a chunk"
+# Containers that call their children in order, and blocks that return more than a tensor; adapters add to both.
+CONTAINERS: set[type[nn.Module]] = {nn.Sequential, nn.ModuleList, nn.ModuleDict}
+RETURN_MORE: set[type[nn.Module]] = set()
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ def find_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     return found.branches(block), found.reason
 
 
+def is_container(module: nn.Module) -> bool:
+    """It may hold a chain of blocks."""
+    return isinstance(module, tuple(CONTAINERS))
+
+
 def begins_run(block: nn.Module) -> bool:
     """A probe has found that its input is not the output of the block that stands before it."""
     found = block.__dict__.get(FOUND)
@@ -184,7 +192,7 @@ def _registered(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
     if is_adapted(block) and forward_was_replaced(known):
         return (), f"the forward of the class {known.__name__} was replaced; register what it does now with branches_of"
     branches = branches_of(block)
-    return branches, "" if branches else "it changes the shape of its input"
+    return branches, "" if branches else "it changes the shape of its input, or adds nothing to it"
 
 
 def refuse_uncovered(block: nn.Module, name: str, branches: Sequence[Branch]) -> None:

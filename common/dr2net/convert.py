@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from dr2net.beside import refuse_unknown_arguments
-from dr2net.branches import Branch, begins_run, blocks_of, find_branches, refuse_uncovered
+from dr2net.branches import Branch, begins_run, blocks_of, find_branches, is_container, refuse_uncovered
 from dr2net.description import KEY, Description, attach, detach, recorded, runs_again
 from dr2net.entry import entry_of
 from dr2net.module_state import StatisticsKept
@@ -266,7 +266,7 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
         children = {_join(module_name, child): block for child, block in module.named_children()}
         reasons = {child: find_branches(block) for child, block in children.items()}
         blocks = [child for child, (branches, _) in reasons.items() if branches]
-        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        if is_container(module):
             if blocks:
                 found[module_name] = module
                 inside.update(inner for child in blocks for inner in children[child].modules())

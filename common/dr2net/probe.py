@@ -25,14 +25,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dr2net import rng
 from dr2net.beside import Word
-from dr2net.branches import blocks_of, find_branches
+from dr2net.branches import blocks_of, find_branches, is_container
 from dr2net.entry import first_argument
 from dr2net.node import version_of
 from dr2net.residual_flow import ResidualFlow
 from dr2net.returns import Returned, form_of, kind_of
 from dr2net.whole import Found, output_of, samples_apart
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")  # names in transformers, fairseq
 BITS = 3  # per element and branch, at beta = 1/8
 LONG, SHORT = 3, 4  # a run of LONG blocks is taken rather than runs of less than SHORT blocks inside them
@@ -85,7 +84,7 @@ def probe_blocks(model: nn.Module, probe: Probe, *, chunks: bool) -> Probed:
             f"{'missing' if tensor is None else 'on the meta device, without values'}; load them first"
         )
     _refuse_skipping(model)
-    watched = dict.fromkeys(b for c in model.modules() if isinstance(c, CONTAINERS) for b in _candidates(c))
+    watched = dict.fromkeys(b for c in model.modules() if is_container(c) for b in _candidates(c))
     calls: dict[nn.Module, list[Call]] = {block: [] for block in watched}
     buffers, states = [(buffer, buffer.clone()) for buffer in model.buffers()], rng.record(tensor)
     try:
@@ -212,7 +211,7 @@ def _look(
 
 def _judge(model: nn.Module, calls: dict[nn.Module, list[Call]]) -> Probed:
     probed = Probed()
-    containers: dict[str, nn.Module] = {n: c for n, c in model.named_modules() if isinstance(c, CONTAINERS)}
+    containers: dict[str, nn.Module] = {n: c for n, c in model.named_modules() if is_container(c)}
     homes: dict[nn.Module, list[str]] = {}
     for name, container in containers.items():
         for block in dict.fromkeys(blocks_of(container).values()):

@@ -49,7 +49,7 @@ def kind_of(args: tuple, named: dict[str, Any]) -> str:
     """Two calls of a block with arguments of the same kind return the same form."""
     leaves, structure = tree_flatten((args, named))
     plain = [
-        "tensor" if isinstance(v, Tensor) else repr(v) if isinstance(v, bool | str | None) else type(v) for v in leaves
+        "tensor" if isinstance(v, Tensor) else repr(v) if isinstance(v, int | str | None) else type(v) for v in leaves
     ]
     return f"{structure} {plain}"
 
@@ -83,11 +83,12 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
 
     Raises ValueError if it returns more than one tensor, or none.
     """
-    if isinstance(x, FakeTensor):
-        return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        arguments, result = _plain(block, (x, args, named), mode, mode.from_tensor)
+        if isinstance(x, FakeTensor):  # no numbers and no memory as it is
+            arguments, result = _plain(block, (x, args, named), nullcontext(), lambda tensor: tensor)
+        else:
+            arguments, result = _plain(block, (x, args, named), mode, mode.from_tensor)
     except Exception:  # the block looks at numbers (`if mask.any()`), or uses tensors that cannot be fake
         try:
             with rng.replay(rng.record(x), x):

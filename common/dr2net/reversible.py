@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_structure, tree_unflatten
 
 from dr2net import coupling, exact
 from dr2net.beside import positional_names
@@ -194,6 +194,7 @@ class Pass:
 
     def _advance(self, branch: Branch, name: str, args: tuple, named: dict[str, Any]) -> None:
         flat, structure = tree_flatten((args, named))
+        structure = tree_structure(tree_unflatten(flat, structure))  # a torch.Size comes back as a tuple
         tensor_at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
         side = [flat[i] for i in tensor_at]
         if self.side is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dr2net import exact
-from dr2net.branches import FOUND, blocks_of, find_branches, is_adapted
+from dr2net.branches import FOUND, RETURN_MORE, blocks_of, find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
 from dr2net.entry import Entry, entry_of, parts_of
 from dr2net.handed_out import caught
@@ -120,7 +120,7 @@ class ReversibleSequence(nn.Module):
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
         """See `returns.py`; asked once per kind of block and of arguments."""
-        if is_adapted(block):  # a block of a library that is known to return tensors
+        if is_adapted(block) and not isinstance(block, tuple(RETURN_MORE)):  # it is known to return a tensor
             return None
         kind, found = kind_of(args, named), block.__dict__.get(FOUND)
         known = self.returns if found is None else found.returns  # or those seen in a probe
