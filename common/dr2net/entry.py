@@ -38,7 +38,7 @@ class Entry:
                 f"the container of this {type(block).__name__} is gone, so it is in no reversible sequence; keep the "
                 "converted model, or call dr2net.deconvert(model) before taking blocks out of it"
             )
-        if sequence.plain:
+        if sequence.plain or sequence.generates((args, named)):
             return type(block).forward(block, *args, **named)
         x, args, named = _input(block, args, named)
         return sequence.call_block(block, x, args, named)
@@ -96,11 +96,12 @@ def first_argument(block: nn.Module, args: tuple, named: dict[str, Any]) -> tupl
 def _input(block: nn.Module, args: tuple, named: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
     """x, and the arguments after it."""
     x, rest, named = first_argument(block, args, named)
-    tracing = torch.jit.is_tracing() or _is_exporting()
+    tracing = torch.jit.is_tracing() or _is_exporting() or type(x).__module__.startswith("torch.fx")
     if tracing or not isinstance(x, Tensor):
         raise ValueError(
             f"a reversible {type(block).__name__} "
             + ("cannot be traced or exported" if tracing else f"takes a tensor, not a {type(x).__name__}")
-            + "; to trace or export the model, set the coefficients to (1, 0) and call dr2net.deconvert(model)"
+            + "; for the features of a block (create_feature_extractor), look at it: block.register_forward_hook(...); "
+            "to trace or export the model, set the coefficients to (1, 0) and call dr2net.deconvert(model)"
         )
     return x, rest, named

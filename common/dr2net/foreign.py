@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 WRAPPERS = (
     "FullyShardedDataParallel, DataParallel and torch.func.functional_call put other tensors in the place of "
@@ -104,6 +104,11 @@ def caught(name: str, tensor: Tensor) -> Tensor:
         f"a loss depends on a tensor caught inside branch {name} of a reversible sequence (by a hook, say), whose "
         "gradient would not reach the layers before it. Use the output of a block, or convert with store=True"
     )
+
+
+def remembers(arguments: Any) -> bool:
+    """Whether there is an object among a block's arguments that may remember its calls, as a cache does."""
+    return any(not isinstance(value, (Tensor, *PLAIN)) for value in tree_leaves(arguments))
 
 
 def refuse_arguments(values: Iterable[Any], name: str) -> None:

@@ -14,7 +14,7 @@ Not here: which node keeps what, and the choice of coefficients (`reversible.py`
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -28,9 +28,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dr2net import coupling, exact, rng
 from dr2net.branches import Branch
 from dr2net.chunks import Chunks, differentiate, edge_of, evaluate
+from dr2net.first_branch import on_grid
 from dr2net.foreign import Reached, caught, hooks_suspended, refuse_changed_arguments
-from dr2net.grid import Rows, coarser
-from dr2net.handed_out import forget
+from dr2net.grid import Rows
 from dr2net.module_state import StatisticsKept, buffer_versions, modes_of, refuse_changed_buffers
 from dr2net.sharding import refuse_sharded
 
@@ -170,27 +170,6 @@ class Node:
         self.reached.refuse_lost(self.parameters, self.name)
         return Recomputed(inputs[0], inputs[1:], f)
 
-    def first(
-        self, run: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, n: Tensor, grid: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """F_1 of x on its grid, and that stream; where F_1 outgrows the grid, n and grid become coarser, in place.
-
-        `run` gives F_1 and the stream for the decoded n; x is what entered the run of branches, without a graph. A
-        first attempt leaves no trace in random generators and statistics.
-        """
-        states, statistics = rng.record(x), StatisticsKept(self.branch.modules).__enter__()
-        f, stream = run(exact.decode(n, grid))
-        new = coarser(grid, f.detach(), self.rows)
-        if new is not None:
-            del f, stream
-            grid.copy_(new)
-            n.copy_(exact.encode(x, grid)[0])
-            rng.restore(states)
-            statistics.put_back()
-            forget()
-            f, stream = run(exact.decode(n, grid))
-        return f, stream
-
     def differentiate(self, done: Recomputed, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of <F(x) + alpha x, grad> for x, and those of the side tensors and parameters."""
         inputs, f, done.f = [done.x, *done.side, *self.parameters], done.f, None
@@ -278,7 +257,8 @@ class DualResidual(torch.autograd.Function):
         needs = (ctx.needs_input_grad[1], *ctx.needs_input_grad[6 : 6 + len(node.tensor_at)])
         with node.first_run(ctx, x, needs):
             if node.exact and node.index == 0:  # the caller's x is not on the grid yet
-                f, x = node.first(lambda on_grid: (node.run(on_grid, side, needs), on_grid), x.detach(), n, grid)
+                run = functools.partial(_with_stream, node, side, needs)
+                f, x = on_grid(node.branch, node.rows, run, x.detach(), n, grid)
             else:
                 f = node.run(x, side, needs)
         if not node.exact:
@@ -318,6 +298,10 @@ class DualResidual(torch.autograd.Function):
         if ctx.needs_input_grad[1] and ctx.needs_input_grad[2] and node.beta != 0:
             grad_previous = grad if node.beta == 1 else grad * float(node.beta)
         return None, grad_x, grad_previous, None, None, None, *rest
+
+
+def _with_stream(node: Node, side: list[Tensor], needs: Sequence[bool], x: Tensor) -> tuple[Tensor, Tensor]:
+    return node.run(x, side, needs), x
 
 
 def _take_streams(node: Node, saved: list[Any]) -> Taken:

@@ -6,7 +6,8 @@ remedy, when a model is converted and again at each pass. Not here: which module
 """
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -35,6 +36,22 @@ def all_plain(modules: Iterable[nn.Module]) -> bool:
     branch counts as plain, since what is put on it runs around the branch."""
     inside = (inner for module in modules for inner in module.modules())
     return all(is_plain(module) for module in inside if not isinstance(module.__dict__.get("forward"), Entry))
+
+
+@contextmanager
+def hooks_asleep(modules: Iterable[nn.Module]) -> Iterator[bool]:
+    """Inside, forward hooks on the modules and on what is inside them do not fire. Yields whether there are any."""
+    hooks = [
+        held for m in modules for inner in m.modules() for held in (inner._forward_hooks, inner._forward_pre_hooks)
+    ]
+    before = [(held, dict(held)) for held in hooks if held]
+    try:
+        for held, _ in before:
+            held.clear()
+        yield bool(before)
+    finally:
+        for held, entries in before:
+            held.update(entries)
 
 
 def own_checkpointing(module: nn.Module) -> str | None:

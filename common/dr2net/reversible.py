@@ -34,7 +34,8 @@ from dr2net.checkpointed import Checkpointed
 from dr2net.chunks import Chunks
 from dr2net.entry import entry_of
 from dr2net.error_law import anchor_spacing, predicted_error
-from dr2net.foreign import refuse_arguments
+from dr2net.first_branch import on_grid
+from dr2net.foreign import refuse_arguments, remembers
 from dr2net.grid import PRECISION_BITS, Rows, grid_of, rows_of
 from dr2net.node import DualResidual, Node, Tape, autocast_is_on, version_of
 from dr2net.patches import CONVERT_AGAIN, refuse_backward_hooks, refuse_checkpointing, refuse_replaced_forward
@@ -116,6 +117,7 @@ class Pass:
         """Through the next block. x: what it is handed, `given` or what FSDP put in its place (`sharding.py`)."""
         name, block = self.blocks[self.expected]
         if not self.started:
+            self.remembers = remembers((args, named))
             self._start(self.expected, x)
             self.started = True
         elif version_of(given) != self.version:
@@ -161,7 +163,9 @@ class Pass:
         self.dtype = x.dtype
         self.x = self.previous = x if sequence.checkpointed or x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
-        self.exact, self.largest, self.rows = sequence.inversion == "exact", 0, Rows()
+        # the grid looks at all tokens, and with a cache some are not there; nothing is inverted then
+        self.exact = sequence.inversion == "exact" and not self.remembers
+        self.largest, self.rows = 0, Rows()
         self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
         sequence.computed_in = computed_in
@@ -253,7 +257,7 @@ class Pass:
 
     def _chunks(self, branch: Branch, name: str, args: tuple, named: dict[str, Any]) -> Chunks | None:
         """How the branch is cut, if chunks are asked for; why it is not is noted for the report."""
-        if self.sequence.chunk_mib is None:
+        if self.sequence.chunk_mib is None or self.remembers:
             return None
         names = positional_names(self.blocks[self.expected][1])
         chunks = branch.chunks(self.x, args, named, self.sequence.chunk_mib, names)
@@ -269,11 +273,11 @@ class Pass:
             previous = x.view_as(x)
         if node.exact and node.index == 0:
 
-            def run(on_grid: Tensor) -> tuple[Tensor, Tensor]:
-                x = (on_grid + (self.x - self.x.detach())).view_as(on_grid)
+            def run(decoded: Tensor) -> tuple[Tensor, Tensor]:
+                x = (decoded + (self.x - self.x.detach())).view_as(decoded)
                 return node.call(x, side), x
 
-            f, x = node.first(run, x.detach(), self.n, self.grid)
+            f, x = on_grid(node.branch, node.rows, run, x.detach(), self.n, self.grid)
         else:
             x = x.view_as(x)  # with the view above: gradients are summed in the order in which nodes return theirs
             f = node.call(x, side)

@@ -18,6 +18,7 @@ from dr2net import exact
 from dr2net.branches import FOUND, RETURN_MORE, blocks_of, find_branches, is_adapted
 from dr2net.coefficients import KEY, Coefficients
 from dr2net.entry import Entry, entry_of, parts_of
+from dr2net.foreign import remembers
 from dr2net.handed_out import caught
 from dr2net.options import Options
 from dr2net.returns import Returned, kind_of, returned
@@ -128,6 +129,12 @@ class ReversibleSequence(nn.Module):
         if key not in known:
             known[key] = returned(block, x, args, named)
         return known[key]
+
+    def generates(self, arguments: Any) -> bool:
+        """Whether a block that is called with `arguments` runs as the plain block: at (1, 0), without gradients, and
+        with a cache, which wants each of its calls once and in the order of the plain network."""
+        plain = (self.alpha, self.beta) == (1, 0) and not torch.is_grad_enabled()
+        return plain and remembers(arguments)
 
     @property
     def checkpointed(self) -> bool:
