@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dr2net
+from dr2net.convert import sequences
 from engine.files import read_json, write_text
 from scripts.gpu_card import Card, Row, attempt, gradients, number, reason_of, relative
 from scripts.gpu_nets import build
@@ -48,13 +49,24 @@ def ddp(model: nn.Module, half: Tensor, device: torch.device) -> list[Tensor | N
     return gradients(parallel, lambda: loss_of(parallel, half))
 
 
+def fsdp2_of_blocks(model: nn.Module, half: Tensor, device: torch.device) -> list[Tensor | None]:
+    mesh = init_device_mesh(device.type, (WORLD,))
+    for block in [block for sequence in sequences(model) for block in sequence.children()]:
+        fully_shard(block, mesh=mesh)
+    return fsdp2(model, half, device)
+
+
 def fsdp2(model: nn.Module, half: Tensor, device: torch.device) -> list[Tensor | None]:
     fully_shard(model, mesh=init_device_mesh(device.type, (WORLD,)))
     loss_of(model, half).backward()
     return [None if p.grad is None else p.grad.full_tensor().float().cpu() for p in model.parameters()]
 
 
-WAYS: dict[str, Callable[[nn.Module, Tensor, torch.device], list[Tensor | None]]] = {"DDP": ddp, "FSDP2": fsdp2}
+WAYS: dict[str, Callable[[nn.Module, Tensor, torch.device], list[Tensor | None]]] = {
+    "DDP": ddp,
+    "FSDP2": fsdp2,
+    "FSDP2 of each block": fsdp2_of_blocks,
+}
 
 
 def work(rank: int, folder: str, device_type: str, small: bool) -> None:

@@ -102,7 +102,8 @@ def refuse_sharded(modules: Iterable[nn.Module], parameters: Iterable[nn.Paramet
     """
     parameters = list(parameters)
     if any(is_dtensor(parameter) for parameter in parameters):
-        inner = next((m for part in modules for m in part.modules() if is_sharded(m)), None)
+        # a block that is a part of its own branch has a door
+        inner = next((m for part in modules for m in part.modules() if is_sharded(m) and door_of(m) is None), None)
         if inner is not None:
             raise RuntimeError(
                 f"{type(inner).__name__} inside branch {name} is sharded by itself, so the branch's parameters are "

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn import functional as F
+from toy_sharding import fully_shard
 
 import dr2net
 
@@ -101,6 +102,18 @@ def keep_gathered(net: FsdpNet) -> None:
     each_block(net, reshard_after_forward=False)
 
 
+def with_prefetch(net: FsdpNet) -> None:
+    """Both by hand, as torchtitan does where blocks are small."""
+    each_block(net)
+    for one, other in zip(net.blocks, list(net.blocks)[1:], strict=False):
+        one.set_modules_to_forward_prefetch([other])
+        other.set_modules_to_backward_prefetch([one])
+
+
+def offloaded(net: FsdpNet) -> None:
+    each_block(net, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
 def in_pairs(net: FsdpNet) -> None:
     for first in range(0, DEPTH, 2):
         fully_shard([net.blocks[first], net.blocks[first + 1]])
@@ -163,6 +176,8 @@ CASES = {
     "each block, called, sharded before conversion": Case(convert_first=False, called=True),
     "kept gathered": Case(keep_gathered),
     "pairs of blocks": Case(in_pairs),
+    "prefetched": Case(with_prefetch),
+    "offloaded": Case(offloaded),
     "hybrid": Case(hybrid),
     "beside": Case(beside=True),
     "anchored": Case(convert={"inversion": "anchored", "anchor_every": 3}),

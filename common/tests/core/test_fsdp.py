@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from toy_fsdp import CASES, DEPTH, FsdpNet, batches, build, convert, each_block, work
+from torch import Tensor, nn
+from toy_fsdp import CASES, DEPTH, WIDTH, FsdpNet, batches, build, convert, each_block, full, work
+from toy_sharding import fully_shard
 
 import dr2net
 from dr2net.sharding import door_of
@@ -107,6 +109,30 @@ def test_deconverting_leaves_the_sharded_model_as_it_was(alone: None) -> None:
     assert torch.allclose(net(x), plain(x), atol=1e-6)
     dr2net.convert(net)
     assert torch.allclose(net(x), plain(x), atol=1e-4)  # on the grid
+
+
+def test_blocks_that_a_probe_found_are_sharded_too(alone: None) -> None:
+    class Unknown(nn.Module):
+        """x + gamma * f(x), of a type that nobody registered."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.gamma = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gamma * self.f(x).relu()
+
+    results = []
+    for share in (False, True):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(*(Unknown() for _ in range(3))), batches()[0]
+        dr2net.convert(net, probe=lambda net, x=x: net(x), chunk_mib=0.001)
+        dr2net.set_coefficients(net, 0.5, 0.5)
+        for block in net if share else ():
+            fully_shard(block)
+        net(x).square().sum().backward()
+        results.append([full(p.grad) for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_two_passes_side_by_side_are_told_apart(alone: None) -> None:
