@@ -110,14 +110,15 @@ class ReversibleSequence(nn.Module):
         how = None if hands_out else self._returned(block, x, args, named)
         with caught(stored=self.store) as more:
             output = current.step(x, args, named, given)
+        result = output if how is None else how.put(output, args, named)
+        if hands_out:
+            result = (output, *more.values())
         if not current.ended:
             if (door := door_of(block)) is None:
                 _keep_open(current, output)
             else:
-                door.open(functools.partial(_keep_open, current))
-        if hands_out:
-            return output, *more.values()
-        return output if how is None else how.put(output, args, named)
+                door.open(result, output, functools.partial(_keep_open, current))
+        return result
 
     def _returned(self, block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
         """See `returns.py`; asked once per kind of block and of arguments."""

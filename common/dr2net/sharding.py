@@ -2,7 +2,7 @@
 
     door = door_of(block)            None unless the block is sharded by itself
     door.given(x)                    what the block was called with, before FSDP put x in its place
-    door.open(current.hand_out)      to be called with what leaves the block, after FSDP's own hooks
+    door.open(result, x, opened)     opened(x) is called with the x that leaves the block, after FSDP's own hooks
     refuse_sharded(modules, ...)     parameters that are sharded while a branch runs
 
 FSDP gathers a block's parameters in a hook before it is called and lets go of them in one after it; a hook on the
@@ -17,13 +17,14 @@ Nothing here or elsewhere in this library is told what FSDP does in its private 
 (`sequence.py`).
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from dr2net.entry import first_argument
 
 _DOORS: "WeakKeyDictionary[nn.Module, Door]" = WeakKeyDictionary()
 
@@ -32,8 +33,8 @@ class Door:
     """Notes what enters a sharded block before FSDP's hooks, and what leaves it after them."""
 
     def __init__(self, block: nn.Module) -> None:
-        self._entering: Tensor | None = None
-        self._leaving: Callable[[Tensor], None] | None = None
+        self._entering: Any = None
+        self._leaving: tuple[int, Callable[[Tensor], None]] | None = None
         self.shards: list[Tensor] = []  # of trainable parameters, as the block held them at its last call
         self._handles = (
             block.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True),
@@ -41,29 +42,30 @@ class Door:
         )
 
     def _enters(self, block: nn.Module, args: tuple, named: dict[str, Any]) -> None:
-        _, first, *_ = inspect.signature(type(block).forward).parameters  # after self
-        self._entering, self._leaving = args[0] if args else named.get(first), None
+        self._entering, self._leaving = first_argument(block, args, named)[0], None
         self.shards = [p for p in block.parameters() if p.requires_grad and is_dtensor(p)]
 
     def _leaves(self, block: nn.Module, args: tuple, output: Any) -> None:
-        leaving, self._leaving = self._leaving, None
+        leaving, self._leaving, self._entering = self._leaving, None, None
         if leaving is not None:
-            (tensor,) = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            leaving(tensor)
+            position, opened = leaving
+            opened(tree_leaves(output)[position])
 
     def given(self, x: Tensor) -> Tensor:
         """What was given to the block that is now handed x; x itself in the call in which the door was put there, and
         where x is neither a view of that nor a cast copy, since then somebody else's hook has changed it.
         """
         given, self._entering = self._entering, None
-        if given is None or given.shape != x.shape:
+        if not isinstance(given, Tensor) or given.shape != x.shape:
             return x
         same = x.untyped_storage()._cdata == given.untyped_storage()._cdata
         return given if same or x.dtype != given.dtype else x
 
-    def open(self, leaving: Callable[[Tensor], None]) -> None:
-        """`leaving` is called with what this call of the block returns to its caller."""
-        self._leaving = leaving
+    def open(self, result: Any, x: Tensor, opened: Callable[[Tensor], None]) -> None:
+        """This call of the block makes `result`, in which x is; `opened` gets what its caller will find in that place,
+        which FSDP may have cast.
+        """
+        self._leaving = next(n for n, leaf in enumerate(tree_leaves(result)) if leaf is x), opened
 
     def remove(self) -> None:
         for handle in self._handles:

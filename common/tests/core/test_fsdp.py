@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from toy_fsdp import CASES, DEPTH, WIDTH, FsdpNet, batches, build, convert, each_block, full, work
 from toy_sharding import fully_shard
 
@@ -109,6 +110,45 @@ def test_deconverting_leaves_the_sharded_model_as_it_was(alone: None) -> None:
     assert torch.allclose(net(x), plain(x), atol=1e-6)
     dr2net.convert(net)
     assert torch.allclose(net(x), plain(x), atol=1e-4)  # on the grid
+
+
+class Telling(nn.Module):
+    """x + f(x), and the mean of f(x), as attention hands out its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.f(x)
+        return x + f, f.mean(1)
+
+
+@dr2net.branches_of.register
+def _(block: Telling):
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        f = block.f(x)
+        return f, f.mean(1)
+
+    return (dr2net.Branch("f", function, (block.f,), hands_out=True),)
+
+
+@pytest.mark.parametrize("policy", [MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, None, torch.float32)])
+def test_a_sharded_block_may_return_more_than_its_output(alone: None, policy: MixedPrecisionPolicy) -> None:
+    torch.manual_seed(0)
+    net, x = nn.ModuleList(Telling() for _ in range(3)), batches()[0]
+    root = nn.Sequential(net)
+    dr2net.convert(root)
+    dr2net.set_coefficients(root, 0.5, 0.5)
+    for block in net:
+        fully_shard(block, mp_policy=policy)
+    told = []
+    for block in net:
+        x, mean = block(x)
+        told.append(mean)
+    x.square().sum().backward()
+    assert all(mean.shape == (8, WIDTH) and mean.dtype == torch.float32 for mean in told)
+    assert all(p.grad.full_tensor().norm() > 0 for p in net.parameters())
 
 
 def test_blocks_that_a_probe_found_are_sharded_too(alone: None) -> None:
