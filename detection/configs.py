@@ -139,6 +139,9 @@ class Detection(Settings):
     """From the network's outputs to the detections of an image."""
 
     max_detections: Count = 300  # per image, the best over queries and classes
+    # IoU with a better one of its class above which a detection is dropped. None: none is, as in DINO, which learns in
+    # many epochs to find each object once; after a few hundred steps .6 helps (README)
+    max_overlap: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,10 @@ def read_truth(config: Config) -> Truth:
 
 def collect(model: Model, batch: Batch, config: Config) -> list[Found]:
     """The detections in each image of the batch. ValueError naming an image for which they are not finite."""
-    detected = cast(Any, model).head.detect(model(batch), batch["original_size"], config.detection.max_detections)
+    own = config.detection
+    detected = cast(Any, model).head.detect(
+        model(batch), batch["original_size"], own.max_detections, max_overlap=own.max_overlap
+    )
     rows = []
     for image_id, name, one in zip(batch["image_id"], batch["name"], detected, strict=True):
         boxes, scores = one.boxes.float().numpy(), one.scores.float().numpy()

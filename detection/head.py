@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from detection.configs import GROUPS
 from detection.configs import Model as Settings
@@ -108,10 +109,15 @@ class DINOHead(nn.Module):
 
     @torch.no_grad()
     def detect(
-        self, outputs: dict[str, Any], original_size: Sequence[tuple[int, int]], max_detections: int
+        self,
+        outputs: dict[str, Any],
+        original_size: Sequence[tuple[int, int]],
+        max_detections: int,
+        max_overlap: float | None = None,
     ) -> list[Detected]:
         """The best `max_detections` of all queries and classes (a query may be there twice), for images of
-        (height, width) pixels. No threshold, no suppression.
+        (height, width) pixels, less those whose IoU with a better one of their class is above `max_overlap`. No
+        threshold.
         """
         scores = outputs["logits"][-1].float().sigmoid().flatten(1)  # (B, Q K)
         corners = to_corners(outputs["boxes"][-1].float())
@@ -120,7 +126,11 @@ class DINOHead(nn.Module):
         for index, (height, width) in enumerate(original_size):
             query, labels = place[index] // self.num_classes, place[index] % self.num_classes
             pixels = corners[index, query] * corners.new_tensor([width, height, width, height])
-            detections.append(Detected(pixels.cpu(), best[index].cpu(), labels.cpu()))
+            found = Detected(pixels.cpu(), best[index].cpu(), labels.cpu())
+            if max_overlap is not None:
+                kept = batched_nms(found.boxes, found.scores, found.labels, max_overlap)
+                found = Detected(*(values[kept] for values in found))
+            detections.append(found)
         return detections
 
     def _levels(self, features: list[Tensor], padding: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

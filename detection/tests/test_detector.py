@@ -135,6 +135,23 @@ def test_detections_are_the_best_over_queries_and_classes_in_pixels_of_the_origi
     assert len(all_of_them.scores) == 15
 
 
+def test_what_overlaps_a_better_detection_of_its_class_is_dropped_on_demand() -> None:
+    model = build(small_config())
+    logits = torch.full((1, 1, 4, 5), -9.0)
+    logits[0, 0, :, 0] = torch.tensor([2.0, 1.0, 0.0, 3.0])
+    logits[0, 0, 1, 1] = 1.5  # the same box as another class
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.2, 0.3], [0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]])
+    outputs = {"logits": logits, "boxes": boxes[None, None]}
+
+    def scores(max_overlap: float | None) -> list[float]:
+        (found,) = model.head.detect(outputs, [(100, 100)], max_detections=5, max_overlap=max_overlap)
+        return found.scores.logit().round(decimals=3).tolist()
+
+    assert scores(None) == [3.0, 2.0, 1.5, 1.0, 0.0]
+    assert scores(0.7) == [3.0, 2.0, 1.5, 0.0]  # IoU .75 and .5 with the best
+    assert scores(0.4) == [3.0, 2.0, 1.5]
+
+
 @torch.no_grad()
 def test_a_picture_of_20_pixels_has_fewer_queries_and_finite_boxes() -> None:
     config = small_config()
