@@ -9,6 +9,7 @@ loss(model(batch)).backward()                            # activations are rebui
 
 from dr2net import integrations
 from dr2net.branches import Branch, branches_of
+from dr2net.budget import plan_budget
 from dr2net.convert import Report, checkpoint_blocks, convert, deconvert, recompute, set_coefficients
 from dr2net.error_law import anchor_spacing, growth, predicted_error
 from dr2net.gradient_check import GradientError, gradient_error
@@ -36,6 +37,7 @@ __all__ = [
     "gradient_error",
     "growth",
     "integrations",
+    "plan_budget",
     "predicted_error",
     "recompute",
     "restore",

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 import dr2net
+from dr2net import budget as budgets
 from dr2net import planner, schedule
 from dr2net.inputs import Batches, Grown, find_batches, parse_grow, size_at
-from dr2net.memory import Memory, format_bytes, largest
+from dr2net.memory import Memory, format_bytes, largest, parse_bytes
 from dr2net.model_names import find_by_depth, find_model
 from dr2net.node import RecomputationError
 from dr2net.options import Inversion, Options
@@ -41,7 +42,6 @@ INVERSIONS = get_args(Inversion)
 T = TypeVar("T")
 PICTURES = (".png", ".pdf", ".svg")
 DEPTHS = (6, 12, 24, 36, 48)  # of the plot
-UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,6 +163,8 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"omitted: {', '.join(methods)} ({reason})")
     if limits:
         print(f"note: {limits[min(limits)]}")
+    own = replace(setting, coefficients=phases[0].coefficients)
+    print("", *_fastest(model, batches, budget, own, options.budget), sep="\n")
     if moving:
         _print_phases(phases, moving)
     if calibrated:
@@ -170,6 +172,18 @@ def _plan(options: argparse.Namespace) -> None:
         print_table(("method", "predicted", "allocator", "allocator / predicted"), calibrated)
     if options.plot:
         _plot(options, model, batches, grown, curves, limits, settings[0])
+
+
+def _fastest(model: nn.Module, batches: Batches, budget: int, setting: Setting, text: str) -> list[str]:
+    _say("predicting: the fastest")
+    found = budgets.choices(model, batches, budget, setting)
+    first = next(found, None)
+    if first is not None and first.method == "conventional":
+        _say("")
+        return [f"fastest within {text}: conventional, which fits"]
+    every = [*([] if first is None else [first]), *found]
+    _say("")
+    return budgets.lines(every, text)
 
 
 def _print_phases(phases: Sequence[planner.Phase], moving: Sequence[tuple[str, list[Memory]]]) -> None:
@@ -341,19 +355,6 @@ def _explained(function: Callable[[Batches], T], name: str) -> Callable[[Batches
             log.disabled = before
 
     return call
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB` -> 25769803776."""
-    digits = text.rstrip("BbIiKkMmGg ")
-    unit = text[len(digits) :].strip().upper()
-    try:
-        size = float(digits)
-    except ValueError:
-        size = math.nan
-    if unit not in UNITS or not 0 < size < math.inf:
-        raise ValueError(f"--budget {text!r} is not a size; write a number and a unit, as 24GiB, 512MiB or 80GB")
-    return int(size * UNITS[unit])
 
 
 def _schedule(options: argparse.Namespace) -> schedule.Schedule:

@@ -16,6 +16,7 @@ a card.
 """
 
 import contextlib
+import math
 import resource
 import sys
 import weakref
@@ -36,6 +37,7 @@ from dr2net.cuda_autocast import cuda_autocast
 
 Category = Literal["parameters", "gradients", "optimizer", "stored", "temporaries"]
 Step = Callable[[], object]
+UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,19 @@ def format_bytes(num_bytes: int) -> str:
     """`format_bytes(3 << 29)` is "1.50 GiB"; below one GiB the unit is MiB."""
     gib = num_bytes / 2**30
     return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.1f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB` -> 25769803776."""
+    digits = text.rstrip("BbIiKkMmGg ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        size = float(digits)
+    except ValueError:
+        size = math.nan
+    if unit not in UNITS or not 0 < size < math.inf:
+        raise ValueError(f"{text!r} is not a size; write a number and a unit, as 24GiB, 512MiB or 80GB")
+    return int(size * UNITS[unit])
 
 
 def _device_of(model: nn.Module) -> torch.device:

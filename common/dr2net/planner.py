@@ -26,14 +26,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import dr2net
 from dr2net import exact
 from dr2net.branches import find_branches
-from dr2net.convert import all_blocks
+from dr2net.convert import all_blocks, checkpoint_blocks, convert, set_coefficients
 from dr2net.error_law import anchor_spacing
 from dr2net.inputs import Batches, Shape, call, first_tensor
 from dr2net.memory import Memory, measure, predict
 from dr2net.options import Options
+from dr2net.schedule import Schedule
 from dr2net.sharded_memory import predict_sharded
 from dr2net.styles import STYLES
 
@@ -85,14 +85,14 @@ def apply(model: nn.Module, method: str, setting: Setting) -> None:
     ValueError if it has no block to convert or checkpoint; ImportError naming the extra without peft.
     """
     if method.startswith("checkpointed"):
-        own = setting.options if method.endswith(", chunks") else Options()
-        dr2net.checkpoint_blocks(model, chunk_mib=own.chunk_mib, recompute_rest=own.recompute_rest)
+        own = setting.options if method.endswith(", chunks") else Options(keep=setting.options.keep)
+        checkpoint_blocks(model, keep=own.keep, chunk_mib=own.chunk_mib, recompute_rest=own.recompute_rest)
     elif method == "lora":
         _add_lora(model)
     elif method != "conventional":
         whole = replace(setting.options, chunk_mib=None, recompute_rest=False)
-        dr2net.convert(model, setting.options if method.endswith(", chunks") else whole)
-        dr2net.set_coefficients(model, *(setting.coefficients if method.startswith("dr2net") else (0, 1)))
+        convert(model, setting.options if method.endswith(", chunks") else whole)
+        set_coefficients(model, *(setting.coefficients if method.startswith("dr2net") else (0, 1)))
 
 
 def _add_lora(model: nn.Module) -> None:
@@ -136,7 +136,7 @@ def predictor(
     """
     plain, model = model, copy.deepcopy(model)
     apply(model, method, setting)
-    optimizer = _build_optimizer(model, setting)
+    optimizer = build_optimizer(model, setting)
 
     known: dict[Sizes, Memory] = {}
 
@@ -160,7 +160,7 @@ def _predict_sharded(
     model: nn.Module, method: str, setting: Setting, sizes: Sizes, like: Literal["cuda", "cpu"]
 ) -> Memory:
     def make_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-        optimizer = _build_optimizer(model, setting)
+        optimizer = build_optimizer(model, setting)
         return training_step(model, optimizer, sizes, setting.precision, "cpu"), optimizer
 
     blocks = all_blocks(model)
@@ -179,7 +179,7 @@ def calibrate(model: nn.Module, method: str, setting: Setting, sizes: Sizes, dev
     model = copy.deepcopy(model)
     apply(model, method, setting)
     model.to(device)
-    optimizer = _build_optimizer(model, setting)
+    optimizer = build_optimizer(model, setting)
     step = training_step(model, optimizer, sizes, setting.precision, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -187,7 +187,8 @@ def calibrate(model: nn.Module, method: str, setting: Setting, sizes: Sizes, dev
         return predicted, measure(step, model, optimizer)
 
 
-def _build_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    """The setting's, over the parameters that train."""
     return OPTIMIZERS[setting.optimizer]([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
@@ -213,7 +214,7 @@ def _tensors(output: object) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def phases(schedule: dr2net.Schedule, setting: Setting, samples: int = 200) -> list[Phase]:
+def phases(schedule: Schedule, setting: Setting, samples: int = 200) -> list[Phase]:
     """The schedule's stretches of equal memory, found at `samples` + 1 points of the progress; one of each kind.
 
     Besides what is kept, it matters whether alpha is 0, and to exact inversion whether beta is 1 over an integer.

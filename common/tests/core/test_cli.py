@@ -1,5 +1,6 @@
 """The console command: its tables, and that every bad input is one clear line and exit code 2."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -41,10 +42,11 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def table(printed: str, first: str) -> dict[str, list[str]]:
-    """Rows of the table whose header begins with `first`, by their first cell."""
+    """Rows of the table whose header begins with `first`, to the next empty line, by their first cell."""
     lines = printed.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith(first))
-    rows = (re.split(r"\s{2,}", line.strip()) for line in lines[start + 1 :])
+    lines = list(itertools.takewhile(str.strip, lines[start + 1 :]))
+    rows = (re.split(r"\s{2,}", line.strip()) for line in lines)
     return {row[0]: row[1:] for row in rows}
 
 
