@@ -125,7 +125,8 @@ def _take(known: Description | None, containers: dict[str, Any]) -> tuple[tuple[
     if len(fitting) < len(known.sequences):
         warnings.warn(
             f"config.{KEY} has coefficients of {', '.join(known.sequences)}, not all of which are among the reversible "
-            f"sequences of this model, {', '.join(containers)}; set them with dr2net.set_coefficients",
+            f"sequences of this model, {', '.join(containers)}, with the same number of branches; set them with "
+            "dr2net.set_coefficients, if these weights were trained in such sequences",
             stacklevel=4,
         )
     return tuple((name, str(described.coefficients)) for name, described in fitting.items())

@@ -1,7 +1,7 @@
 """What a saved model says about its conversion: coefficients and options per sequence, as JSON.
 
     {"format": 1, "version": "0.2.0", "recomputed": [],
-     "sequences": {"vit.layers": {"alpha": 0.875, "beta": 0.125, "checkpointed": false, "inversion": "exact", ...}}}
+     "sequences": {"vit.layers": {"alpha": 0.875, "beta": 0.125, "branches": 24, "inversion": "exact", ...}}}
 
 beta is a number, or [numerator, denominator]. A transformers model carries this in its config (`model.config.dr2net`),
 kept in step with the coefficients, so that the model's own `save_pretrained` writes what is true. Not here: files and
@@ -10,7 +10,7 @@ weights (`saving.py`).
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +24,7 @@ from dr2net.sequence import ReversibleSequence
 
 FORMAT = 1  # newer ones raise
 KEY = "dr2net"  # the attribute of a transformers config
+OTHERS = ("alpha", "beta", "checkpointed", "branches")
 OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name != "recompute_rest")
 
 
@@ -33,12 +34,14 @@ class Described:
 
     coefficients: Coefficients
     options: Options  # `recompute_rest` is in Description.recomputed, by name
+    branches: int  # at coefficients other than (1, 0) another number of them is another function
 
     def to_json(self) -> dict[str, Any]:
         options = {name: getattr(self.options, name) for name in OPTIONS}
         at = self.coefficients.save()
         beta = list(at["beta"]) if isinstance(at["beta"], tuple) else at["beta"]
-        return {"alpha": at["alpha"], "beta": beta, "checkpointed": self.coefficients.fixed, **options}
+        fixed = {"checkpointed": self.coefficients.fixed, "branches": self.branches}
+        return {"alpha": at["alpha"], "beta": beta, **fixed, **options}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,11 @@ class Description:
     def of(cls, model: nn.Module) -> "Description":
         """Of a converted model."""
         found = {
-            name: Described(module.coefficients, Options(**{option: getattr(module, option) for option in OPTIONS}))
+            name: Described(
+                module.coefficients,
+                Options(**{option: getattr(module, option) for option in OPTIONS}),
+                module.num_branches(),
+            )
             for name, module in model.named_modules()
             if isinstance(module, ReversibleSequence)
         }
@@ -90,17 +97,18 @@ class Description:
                 except ValueError as error:
                     raise ValueError(f"{place}, {name}: {error}") from error
 
-    def found_in(self, names: Iterable[str]) -> dict[str, Described]:
+    def found_in(self, own: Mapping[str, Any]) -> dict[str, Described]:
         """The entries by the names that the same containers have now, where a wrapper was put on or taken off.
 
-        Leaves out entries that fit none of `names`, or several.
+        own: the sequences of a model by name. Leaves out entries that fit none of them, or several, or one with another
+        number of branches.
         """
-        names = list(names)
+        names = list(own)
         found: dict[str, Described] = {}
-        for own, described in self.sequences.items():
-            fitting = [name for name in names if _is_end_of(own, name) or _is_end_of(name, own)]
-            fitting = [own] if own in names else fitting
-            if len(fitting) == 1:
+        for before, described in self.sequences.items():
+            fitting = [name for name in names if _is_end_of(before, name) or _is_end_of(name, before)]
+            fitting = [before] if before in names else fitting
+            if len(fitting) == 1 and own[fitting[0]].num_branches() == described.branches:
                 found[fitting[0]] = described
         return found
 
@@ -216,13 +224,14 @@ def _configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 def _described(entry: Mapping[str, Any]) -> Described:
     beta: float | Fraction = Fraction(*entry["beta"]) if isinstance(entry["beta"], list) else float(entry["beta"])
-    alpha, fixed = float(entry["alpha"]), entry["checkpointed"]
+    alpha, fixed, branches = float(entry["alpha"]), entry["checkpointed"], int(entry["branches"])
     if not abs(alpha) < float("inf") or not abs(float(beta)) < float("inf") or not isinstance(fixed, bool):
         raise ValueError(f"alpha = {alpha}, beta = {beta}, checkpointed = {fixed}")
-    options = {name: value for name, value in entry.items() if name not in ("alpha", "beta", "checkpointed")}
-    if unknown := options.keys() - {*OPTIONS}:
+    named = {name: value for name, value in entry.items() if name not in OTHERS}
+    if unknown := named.keys() - {*OPTIONS}:
         raise ValueError(f"this version does not know the options {', '.join(sorted(unknown))}: update dr2net")
-    return Described(Coefficients(alpha, beta, fixed=fixed), Options(**options))  # those it lacks came later
+    options = Options(**named)  # those that it lacks came later
+    return Described(Coefficients(alpha, beta, fixed=fixed), options, branches)
 
 
 def _is_end_of(end: str, name: str) -> bool:

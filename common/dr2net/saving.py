@@ -11,9 +11,11 @@ checkpoints of a training, which have the optimizer's state too.
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dr2net.convert import checkpoint_blocks, convert, deconvert, recompute, sequences
@@ -29,10 +31,14 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the weights of a converted model, the coefficients and options of its sequences, and the library's version.
 
     A transformers or peft model writes what its `save_pretrained` writes, the latter the adapters alone. Other models
-    need safetensors (ImportError naming the extra). ValueError if the model is not converted.
+    need safetensors (ImportError naming the extra). ValueError if the model is not converted. A model that is sharded
+    by FSDP2 is saved by all processes together: the weights are gathered, and the first process writes them.
     """
     sequences(model)
     folder = Path(folder)
+    if is_sharded(model):
+        _save_gathered(model, folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).unlink(missing_ok=True)  # of other weights
     if is_transformers(model, "PreTrainedModel"):
@@ -58,13 +64,15 @@ def restore(model: nn.Module, folder: str | os.PathLike) -> None:
     is then as it was.
     """
     folder = Path(folder)
+    if is_sharded(model):
+        raise ValueError("the model is sharded; restore it first, then shard it: fully_shard(model)")
     description = read_description(folder, saved_file(model))
     weights = _read_weights(model, folder)
     _compare(weights, _own_weights(model), folder)
     if not any(isinstance(module, ReversibleSequence) for module in model.modules()):
         _convert_as(model, description, folder)
     own = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleSequence)}
-    found = _fitting(description, list(own), folder)
+    found = _fitting(description, own, folder)
     if is_transformers(model, "PeftModel"):
         from peft import set_peft_model_state_dict
 
@@ -117,7 +125,7 @@ def apply_description(model: nn.Module, folder: Path) -> None:
     """Set the coefficients that are saved in `folder`; its weights somebody else has loaded. Errors as `restore`."""
     own = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleSequence)}
     description = read_description(folder, saved_file(model))
-    for name, described in _fitting(description, list(own), folder).items():
+    for name, described in _fitting(description, own, folder).items():
         own[name].set_coefficients(described.coefficients.alpha, described.coefficients.beta)
 
 
@@ -126,17 +134,19 @@ def saved_file(model: nn.Module) -> str:
     return "config.json" if is_transformers(model, "PreTrainedModel") else FILE
 
 
-def _fitting(description: Description, own: list[str], folder: Path) -> dict[str, Any]:
+def _fitting(description: Description, own: dict[str, ReversibleSequence], folder: Path) -> dict[str, Any]:
     found = description.found_in(own)
     if not len(found) == len(description.sequences) == len(own):
         raise ValueError(_other_sequences(description, own, folder))
     return found
 
 
-def _other_sequences(description: Description, own: list[str], folder: Path) -> str:
+def _other_sequences(description: Description, own: dict[str, ReversibleSequence], folder: Path) -> str:
+    saved = (f"{name} of {described.branches} branches" for name, described in description.sequences.items())
+    here = (f"{name} of {sequence.num_branches()}" for name, sequence in own.items())
     return (
-        f"{folder} was saved with the reversible sequences {', '.join(description.sequences)}, the model has "
-        f"{', '.join(own)}; convert the same parts of the same architecture"
+        f"{folder} was saved with the reversible sequences {', '.join(saved)}; the model has {', '.join(here)}. "
+        "Convert the same parts of the same architecture as they were, with probe=... if it was given, and restore then"
     )
 
 
@@ -150,8 +160,9 @@ def _convert_as(model: nn.Module, description: Description, folder: Path) -> Non
     own = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleSequence)}
     found = description.found_in(own)
     if len(found) < len(description.sequences):
+        message = _other_sequences(description, own, folder)
         deconvert(model)
-        raise ValueError(_other_sequences(description, list(own), folder))
+        raise ValueError(message)
     for name, sequence in own.items():
         if name not in found:  # that part was left plain
             make_plain(sequence, name)
@@ -204,6 +215,30 @@ def _own_weights(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """By FSDP2, or otherwise: some parameter is a part of itself here."""
+    return any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def _save_gathered(model: nn.Module, folder: Path) -> None:
+    """Collective. What the plain model would write, on the first process; peft's adapters by themselves do not."""
+    if is_transformers(model, "PeftModel"):
+        raise ValueError("adapters that are sharded are not saved; let the Trainer save its checkpoint, or gather them")
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).unlink(missing_ok=True)
+        if is_transformers(model, "PreTrainedModel"):
+            attach(model)
+            cast(Any, model).save_pretrained(folder, state_dict=weights)
+        else:
+            _replace(folder / WEIGHTS, lambda part: _safetensors().torch.save_file(weights, part, {"format": "pt"}))
+            write_description(model, folder)
+    torch.distributed.barrier()
+
+
 def _refuse_other_adapters(model: nn.Module) -> None:
     names = list(cast(Any, model).peft_config)
     if names != ["default"]:
@@ -216,8 +251,13 @@ def _refuse_other_adapters(model: nn.Module) -> None:
 def write_weights(model: nn.Module, path: Path) -> None:
     """All of them, by the names they have in the model, as safetensors; a tensor under several names once."""
     from_torch = _safetensors().torch
+    _replace(path, lambda part: from_torch.save_model(model, part, {"format": "pt"}))  # which transformers looks for
+
+
+def _replace(path: Path, write: Callable[[str], None]) -> None:
+    """The file is there as a whole, or as it was."""
     part = path.with_name(f"{path.name}.part")
-    from_torch.save_model(model, str(part), {"format": "pt"})  # the format is what transformers looks for
+    write(str(part))
     part.replace(path)
 
 

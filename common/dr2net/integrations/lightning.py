@@ -68,7 +68,7 @@ class Dr2Net(Base):
         if not len(found) == len(own) == len(self.loaded.sequences):
             raise ValueError(
                 f"the checkpoint was saved with the reversible sequences {', '.join(self.loaded.sequences)}, the model "
-                f"has {', '.join(own)}"
+                f"has {', '.join(own)}, or as many branches as then in not all of them"
             )
         for name, described in found.items():
             own[name].set_coefficients(described.coefficients.alpha, described.coefficients.beta)

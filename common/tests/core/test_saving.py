@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from model_zoo import FAMILIES, run
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from toy_blocks import build_input, build_net, converted
 
 import dr2net
@@ -189,6 +191,30 @@ def test_blocks_checkpointed_in_chunks_come_back_as_such(tmp_path: Path) -> None
     assert again.blocks.checkpointed and torch.equal(again(x), model(x))
 
 
+def test_blocks_that_a_probe_found_are_restored_after_the_same_conversion(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.tanh(self.f(x))
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Sequential(*(Block() for _ in range(3))))
+
+    model, x = build(), torch.randn(2, 5, 8)
+    dr2net.convert(model, probe=lambda model: model(x))
+    dr2net.set_coefficients(model, 7 / 8, 1 / 8)
+    dr2net.save(model, tmp_path)
+    again = build()
+    with pytest.raises(ValueError, match="probe="):
+        dr2net.restore(again, tmp_path)
+    dr2net.convert(again, probe=lambda model: model(x))
+    dr2net.restore(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+
+
 def test_a_tensor_under_two_names_is_saved_once_and_restored_under_both(tmp_path: Path) -> None:
     def build() -> nn.Module:
         net = build_net(2)
@@ -240,11 +266,21 @@ FAULTS = {
             folder, sequences={"x": json.loads((folder / "dr2net.json").read_text())["sequences"]["blocks"]}
         ),
         ValueError,
-        "reversible sequences x, the model has blocks",
+        "reversible sequences x of 4 branches; the model has blocks of 4",
+    ),
+    "other branches": (
+        lambda folder: change(
+            folder,
+            sequences={
+                "blocks": {**json.loads((folder / "dr2net.json").read_text())["sequences"]["blocks"], "branches": 2}
+            },
+        ),
+        ValueError,
+        "blocks of 2 branches; the model has blocks of 4. Convert",
     ),
     "an option too many": (
         lambda folder: change(
-            folder, sequences={"blocks": {"alpha": 1, "beta": [1, 8], "checkpointed": False, "speed": 3}}
+            folder, sequences={"blocks": {"alpha": 1, "beta": [1, 8], "checkpointed": False, "branches": 4, "speed": 3}}
         ),
         ValueError,
         "does not know the options speed: update",
@@ -325,6 +361,27 @@ def test_weights_of_another_dtype_are_told(tmp_path: Path) -> None:
     net = build_net(2, dtype=torch.float32)
     (message,) = warnings_of(lambda: dr2net.restore(net, tmp_path))
     assert "torch.float64" in message and "not bit for bit" in message
+
+
+@pytest.mark.parametrize("kind", ["toy", "transformers"])
+def test_a_sharded_model_is_gathered_and_saved_as_a_whole(kind: str, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        model, x = (build_net(2), build_input()) if kind == "toy" else huggingface_vit()
+        plain = copy.deepcopy(model)
+        dr2net.convert(model)
+        dr2net.set_coefficients(model, 7 / 8, 1 / 8)
+        for block in model.blocks if kind == "toy" else model.vit.layers:
+            fully_shard(block)
+        fully_shard(model)
+        dr2net.save(model, tmp_path / "saved")
+        dr2net.restore(plain, tmp_path / "saved")
+        found, expected = plain(x), model(x)
+        assert torch.equal(*((found, expected) if kind == "toy" else (found.logits, expected.logits)))
+        with pytest.raises(ValueError, match="restore it first, then shard it"):
+            dr2net.restore(model, tmp_path / "saved")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_saving_again_replaces_what_other_means_wrote(tmp_path: Path) -> None:
