@@ -48,19 +48,21 @@ def build(name: str) -> tuple[nn.Module, Run]:
     """The model of a type, and a function that runs it on a batch of two."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.for_model(name)
-    for attempt in range(2):
-        _shrink(config, widths=attempt == 0)
+    for widths in (True, False):
+        config = AutoConfig.for_model(name)
+        _shrink(config, widths=widths)
         try:
             model = AutoModel.from_config(config)
-            break
+            if sum(p.numel() for p in model.parameters()) > 3e8:
+                raise ValueError("it is not tiny")
+            arguments = _inputs(model, config)
+            with torch.no_grad():
+                model.eval()(**arguments)
         except Exception:
-            if attempt:
+            if not widths:
                 raise
-            config = AutoConfig.for_model(name)
-    if sum(p.numel() for p in model.parameters()) > 3e8:
-        raise ValueError("it is not tiny")
-    arguments = _inputs(model, config)
+        else:
+            break
     return model, lambda model: model(**arguments)
 
 
@@ -73,8 +75,8 @@ def _shrink(config: Any, *, widths: bool) -> None:
         elif hasattr(value, "to_dict"):
             _shrink(value, widths=widths)
     for key in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(config, key, None), list):
-            setattr(config, key, getattr(config, key)[:DEPTH])
+        if isinstance(vars(config).get(key), list):
+            setattr(config, key, vars(config)[key][:DEPTH])
     if hasattr(config, "use_cache"):
         config.use_cache = False
 

@@ -29,7 +29,7 @@ from dr2net.branches import blocks_of, find_branches, is_container
 from dr2net.entry import first_argument
 from dr2net.node import version_of
 from dr2net.residual_flow import ResidualFlow
-from dr2net.returns import Returned, form_of, kind_of
+from dr2net.returns import Returned, form_of, kind_of, others_of
 from dr2net.whole import Found, output_of, samples_apart
 
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")  # names in transformers, fairseq
@@ -127,6 +127,7 @@ def _candidates(container: nn.Module) -> list[nn.Module]:
 def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None]:
     """Inside, each call of one of the blocks is noted."""
     made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> the block that returned it, its version then
+    beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what was returned behind an output -> the call
     tried: dict[Any, dict[str, Word] | None] = {}  # by type of block and shape of x
     trying: list[nn.Module] = []  # runs that are not the model's
     replaced = [(block, block.__dict__.get("forward")) for block in calls]
@@ -145,6 +146,9 @@ def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None
             if not isinstance(x, Tensor):
                 call.reason = f"its first argument is a {type(x).__name__}, not a tensor"
                 return forward(*args, **named)
+            for leaf in tree_leaves((rest, rest_named)):
+                if isinstance(leaf, Tensor) and leaf in beside:
+                    beside[leaf].reason = "a later block uses what it returns beside its output"
             before = made.get(x)
             call.before = before[0] if before is not None and before[1] == version_of(x) else None
             version, entered = version_of(x), x.clone() if x.is_floating_point() else x
@@ -160,7 +164,9 @@ def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None
             _look(call, block, entered, result, rest, rest_named, x, added)
             if call.reason:
                 return result
-            if chunks and not call.copies:
+            for other in others_of(result, rest, rest_named) if call.form is not None else ():
+                beside[other] = call
+            if chunks and not call.copies and not (call.form is not None and call.form.more):
                 key = (type(block), x.shape, kind)
                 if key not in tried:
                     trying.append(block)
@@ -192,7 +198,7 @@ def _look(
 ) -> None:
     """Note what came out of a call with a copy `x` of the input `own`, or why it cannot be a reversible block's."""
     try:
-        call.form = form_of(result, own, args, named, block)
+        call.form = form_of(result, own, args, named, block, more=True)
         y = output_of(result)
     except (ValueError, StopIteration) as error:
         call.reason = str(error).partition(", and a reversible")[0] or f"it returns a {type(result).__name__}"
@@ -258,6 +264,7 @@ def _runs_of(container: nn.Module, calls: dict[nn.Module, list[Call]], found: di
             before = None
             continue
         found[block] = Found(
+            registered=registered,
             begins=before is not None and not continues and not reason,
             copies=any(call.copies for call in calls[block]),
             samples=bool(calls[block]) and all(call.apart is not None for call in calls[block]),

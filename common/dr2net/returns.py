@@ -8,7 +8,7 @@ if it can be, and what it or its hooks would leave behind is set aside. Blocks o
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,18 +26,21 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass(frozen=True)
 class Returned:
-    """`leaves` in `structure`, of which `position` is the block's output, and `given` are arguments handed on: position
-    here, position among the leaves of the block's arguments after x."""
+    """`leaves` in `structure`: `position` is the block's output, `given` are arguments handed on (position here, and
+    among the leaves of the block's arguments after x), `more` other tensors (`handed_out.py`)."""
 
     leaves: tuple[Any, ...]
     structure: TreeSpec
     position: int
     given: tuple[tuple[int, int], ...] = ()
+    more: tuple[int, ...] = ()
 
-    def put(self, output: Tensor, args: tuple, named: dict[str, Any]) -> Any:
+    def put(self, output: Tensor, args: tuple, named: dict[str, Any], more: Sequence[Any] = ()) -> Any:
         """What the block called with these arguments after x returns, if `output` is its output."""
         leaves = list(self.leaves)
         leaves[self.position] = output
+        for position, value in zip(self.more, more, strict=True):
+            leaves[position] = value
         if self.given:
             arguments = tree_leaves((args, named))
             for position, argument in self.given:
@@ -54,10 +57,13 @@ def kind_of(args: tuple, named: dict[str, Any]) -> str:
     return f"{structure} {plain}"
 
 
-def form_of(result: Any, x: Tensor, args: tuple, named: dict[str, Any], block: nn.Module) -> Returned | None:
+def form_of(
+    result: Any, x: Tensor, args: tuple, named: dict[str, Any], block: nn.Module, *, more: bool = False
+) -> Returned | None:
     """How `result`, which the block returned for x and these arguments, holds its output; None for the tensor alone.
 
-    Raises ValueError if it has none of x's shape, or more tensors than that which are no arguments.
+    Raises ValueError if its first tensor that is no argument is not of x's shape, or, without `more`, if there are
+    others than that.
     """
     if isinstance(result, Tensor):
         return None
@@ -67,22 +73,25 @@ def form_of(result: Any, x: Tensor, args: tuple, named: dict[str, Any], block: n
     }
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     new = [i for i in tensors if id(leaves[i]) not in arguments]
-    if len(new) != 1 or leaves[new[0]].shape != x.shape or new[0] != tensors[0]:
+    if (len(new) != 1 and not (more and new)) or leaves[new[0]].shape != x.shape or new[0] != tensors[0]:
         raise ValueError(
             f"{type(block).__name__} returns a {type(result).__name__} with {len(new)} tensors, and a reversible "
             "block knows only its output, one tensor of its input's shape; let its forward return that alone"
         )
     given = tuple((i, arguments[id(leaf)]) for i, leaf in enumerate(leaves) if id(leaf) in arguments)
     handed_on = {i for i, _ in given}
-    kept = tuple(None if i == new[0] or i in handed_on else leaf for i, leaf in enumerate(leaves))
-    return Returned(kept, structure, new[0], given)
+    kept = tuple(None if i in new or i in handed_on else leaf for i, leaf in enumerate(leaves))
+    return Returned(kept, structure, new[0], given, tuple(new[1:]))
 
 
-def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) -> Returned | None:
-    """How the plain block hands out its output; None for the tensor alone.
+def others_of(result: Any, args: tuple, named: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a block returns behind its output and did not get, in the order of `Returned.more`."""
+    given = {id(leaf) for leaf in tree_leaves((args, named))}
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and id(leaf) not in given][1:]
 
-    Raises ValueError if it returns more than one tensor, or none.
-    """
+
+def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any], *, more: bool = False) -> Returned | None:
+    """How the plain block hands out its output; None for the tensor alone. ValueError as `form_of`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         if isinstance(x, FakeTensor):  # no numbers and no memory as it is
@@ -96,7 +105,7 @@ def returned(block: nn.Module, x: Tensor, args: tuple, named: dict[str, Any]) ->
         except Exception:  # the pass meets what is wrong, and says it by the name of the branch
             return None
     x, args, named = arguments
-    return form_of(result, x, args, named, block)
+    return form_of(result, x, args, named, block, more=more)
 
 
 def _plain(

@@ -110,7 +110,7 @@ class ReversibleSequence(nn.Module):
         how = None if hands_out else self._returned(block, x, args, named)
         with caught(stored=self.store) as more:
             output = current.step(x, args, named, given)
-        result = output if how is None else how.put(output, args, named)
+        result = output if how is None else how.put(output, args, named, more.values())
         if hands_out:
             result = (output, *more.values())
         if not current.ended:
@@ -128,7 +128,7 @@ class ReversibleSequence(nn.Module):
         known = self.returns if found is None else found.returns  # or those seen in a probe
         key = kind if found is not None else f"{type(block)} {kind}"
         if key not in known:
-            known[key] = returned(block, x, args, named)
+            known[key] = returned(block, x, args, named, more=found is not None and not found.registered)
         return known[key]
 
     def generates(self, arguments: Any) -> bool:

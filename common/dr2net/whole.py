@@ -2,9 +2,10 @@
 
     F(x) = block(x) - x        so that x + F(x) is what the block computes, whatever is inside it
 
-The block is called as its class says, and of a tuple or dictionary that it returns the first tensor is block(x). It may
-be run sample by sample where that was tried: in evaluation mode the first and the last sample of a batch alone gave
-what they gave in it. What a probe found out stands on the block (`Found`), so that copies and files keep it.
+The block is called as its class says, and of a tuple or dictionary that it returns the first tensor is block(x); others
+are handed out, without a gradient. It may be run sample by sample where that was tried: in evaluation mode the first
+and the last sample of a batch alone gave what they gave in it. What a probe found out stands on the block (`Found`), so
+that copies and files keep it.
 
 Not here: registered blocks, whose branches are smaller and so need less memory (`branches.py`, `adapters/`).
 """
@@ -21,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dr2net.beside import Word, argument_names
 from dr2net.branches import FOUND, Branch
 from dr2net.foreign import PLAIN
-from dr2net.returns import Returned
+from dr2net.handed_out import hand_out
+from dr2net.returns import Returned, others_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Found:
     """What a probe found out about a block that stands in a container."""
 
     reason: str = ""  # why it runs as it is; "" if it can be reversible
+    registered: bool = False  # it has branches of its own, and only `begins` is new
     begins: bool = False  # its input is not the output of the block before it, so a run of blocks begins with it
     copies: bool = False  # it changes its input in place, so it gets a copy
     samples: bool = False  # it treats each sample by itself
@@ -41,7 +44,10 @@ class Found:
             return ()
 
         def function(x: Tensor, *args: Any, **named: Any) -> Tensor:
-            y = output_of(type(block).forward(block, x.clone() if self.copies else x, *args, **named))
+            result = type(block).forward(block, x.clone() if self.copies else x, *args, **named)
+            y = output_of(result)
+            if not isinstance(result, Tensor):
+                hand_out(others_of(result, args, named))
             dtype = torch.promote_types(x.dtype, torch.float32)  # the streams': rounding F would move them
             return y.to(dtype) - x.to(dtype)
 

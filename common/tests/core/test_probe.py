@@ -256,9 +256,25 @@ def test_a_model_that_is_called_twice_in_a_pass_has_two_passes() -> None:
     assert dr2net.gradient_error(repeated, build_input(), lambda m, x: m(x).square().sum()).overall < 1e-8
 
 
-def test_two_tensors_run_as_they_are_and_say_so() -> None:
-    net = net_of(form="two")
-    with pytest.raises(ValueError, match=r"blocks\.0: Unknown returns a tuple with 2 tensors"):
+def test_other_tensors_that_a_block_returns_are_handed_out_without_a_gradient() -> None:
+    net, plain = net_of(form="two"), net_of(form="two")
+    check(net, build_input(), num_branches=3)
+    dr2net.convert(net, probe=probe_of(build_input()))
+    (y, weights), (_, expected) = (model.blocks[0](build_input()) for model in (net, plain))
+    assert torch.allclose(weights, expected) and y.requires_grad
+    with pytest.raises(RuntimeError, match="handed out beside its output"):
+        weights.sum().backward()
+
+
+def test_a_block_whose_other_tensors_the_next_one_uses_runs_as_it_is() -> None:
+    def biased(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        weights = None
+        for block in blocks:
+            x, weights = block(x, weights)
+        return x
+
+    net = net_of(4, form="two", call=biased)
+    with pytest.raises(ValueError, match=r"blocks\.0: a later block uses what it returns beside its output"):
         dr2net.convert(net, probe=probe_of(build_input()))
 
 
