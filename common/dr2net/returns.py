@@ -35,6 +35,11 @@ class Returned:
     given: tuple[tuple[int, int], ...] = ()
     more: tuple[int, ...] = ()
 
+    @property
+    def has_numbers(self) -> bool:
+        """It holds numbers, which may depend on those among the arguments (the size of an image)."""
+        return any(isinstance(leaf, int) and not isinstance(leaf, bool) for leaf in self.leaves)
+
     def put(self, output: Tensor, args: tuple, named: dict[str, Any], more: Sequence[Any] = ()) -> Any:
         """What the block called with these arguments after x returns, if `output` is its output."""
         leaves = list(self.leaves)
@@ -48,12 +53,12 @@ class Returned:
         return tree_unflatten(leaves, self.structure)
 
 
-def kind_of(args: tuple, named: dict[str, Any]) -> str:
-    """Two calls of a block with arguments of the same kind return the same form."""
+def kind_of(args: tuple, named: dict[str, Any], *, numbers: bool = False) -> str:
+    """Two calls of a block with arguments of the same kind return the same form; `numbers`: and the same numbers in it,
+    of which there are many kinds."""
     leaves, structure = tree_flatten((args, named))
-    plain = [
-        "tensor" if isinstance(v, Tensor) else repr(v) if isinstance(v, int | str | None) else type(v) for v in leaves
-    ]
+    shown = int | str | None if numbers else bool | str | None
+    plain = ["tensor" if isinstance(v, Tensor) else repr(v) if isinstance(v, shown) else type(v) for v in leaves]
     return f"{structure} {plain}"
 
 

@@ -124,12 +124,18 @@ class ReversibleSequence(nn.Module):
         """See `returns.py`; asked once per kind of block and of arguments."""
         if is_adapted(block) and not isinstance(block, tuple(RETURN_MORE)):  # it is known to return a tensor
             return None
-        kind, found = kind_of(args, named), block.__dict__.get(FOUND)
+        found = block.__dict__.get(FOUND)
         known = self.returns if found is None else found.returns  # or those seen in a probe
-        key = kind if found is not None else f"{type(block)} {kind}"
-        if key not in known:
-            known[key] = returned(block, x, args, named, more=found is not None and not found.registered)
-        return known[key]
+        how: Returned | None = None
+        for numbers in (False, True):
+            kind = kind_of(args, named, numbers=numbers)
+            key = kind if found is not None else f"{type(block)} {kind}"
+            if key not in known:
+                known[key] = returned(block, x, args, named, more=found is not None and not found.registered)
+            how = known[key]
+            if how is None or not how.has_numbers:
+                break
+        return how
 
     def generates(self, arguments: Any) -> bool:
         """Whether a block that is called with `arguments` runs as the plain block: at (1, 0), without gradients, and
