@@ -5,7 +5,8 @@ comes after the sum, relu(x + f(x)) (ResNet, SlowFast), is one: what it adds to 
 residual connection can be one whose alpha is fixed at 0, as the paper remarks (`residual=False`). A block that changes
 the shape has none and runs as it is.
 
-To teach it your own block:
+A block of any type can be found by running the model once, `dr2net.convert(model, probe=lambda model: model(batch))`,
+and is then one branch (`whole.py`). Its own branches need less memory. To teach it your own block:
 
     @dr2net.branches_of.register(MyBlock)
     def _(block):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import dr2net
 from dr2net import budget as budgets
 from dr2net import planner, schedule
+from dr2net.convert import convert_or_probe
 from dr2net.inputs import Batches, Grown, find_batches, parse_grow, size_at
 from dr2net.memory import Memory, format_bytes, largest, parse_bytes
 from dr2net.model_names import find_by_depth, find_model
@@ -286,8 +287,9 @@ def _check(options: argparse.Namespace) -> None:
     batches = batches.of_model(model)
     batch = batches.make()
     loss = functools.partial(loss_of, precision=options.precision)
+    probe = functools.partial(loss, batch=batch)  # for a model without known blocks
     _say("verifying")
-    dr2net.convert(model)
+    _explained(lambda _: convert_or_probe(model, probe), options.model)(batches)
     coefficients.apply(model, 0.0)
     verification = _explained(lambda _: _quietly(dr2net.verify, model, batch, loss), options.model)(batches)
     dr2net.set_coefficients(model, 1, 0)
@@ -296,7 +298,7 @@ def _check(options: argparse.Namespace) -> None:
     of_grid: list[str] = []
     for inversion in INVERSIONS:
         _say(f"computing: {inversion}")
-        report = dr2net.convert(model, inversion=inversion)
+        report = convert_or_probe(model, probe, inversion=inversion)
         for progress in progresses:
             coefficients.apply(model, progress)
             with warnings.catch_warnings():

@@ -32,6 +32,10 @@ from dr2net.sequence import ReversibleSequence, make_plain, make_reversible, ref
 from dr2net.whole import mark, unmark
 
 
+class NoBlocksError(ValueError):
+    """Nothing in a model can be made reversible."""
+
+
 def convert(model: nn.Module, options: Options | None = None, *, probe: Probe | None = None, **changes: Any) -> Report:
     """Make the residual blocks of `model` reversible, in place.
 
@@ -58,6 +62,14 @@ def convert(model: nn.Module, options: Options | None = None, *, probe: Probe | 
         return report
     notes = ((name or type(model).__name__, why) for name, why in probed.notes.items())
     return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(probed.runs, model))
+
+
+def convert_or_probe(model: nn.Module, probe: Probe, **changes: Any) -> Report:
+    """By the registered blocks; a model that has none by those that a probe finds. Errors as `convert`."""
+    try:
+        return convert(model, **changes)
+    except NoBlocksError:
+        return convert(model, probe=probe, **changes)
 
 
 @contextmanager
@@ -170,7 +182,12 @@ def deconvert(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(
-    model: nn.Module, *, keep: int = 0, chunk_mib: float | None = None, recompute_rest: bool = False
+    model: nn.Module,
+    *,
+    keep: int = 0,
+    chunk_mib: float | None = None,
+    recompute_rest: bool = False,
+    probe: Probe | None = None,
 ) -> int:
     """Gradient checkpointing of each block in the containers `convert` takes: the network computes what it computed.
 
@@ -181,8 +198,15 @@ def checkpoint_blocks(
     streams. None: keep the input of each block, torch.utils.checkpoint around it; half the kept inputs, but a block's
     inner activations as a whole. recompute_rest: also what is not a block (`Options.recompute_rest`).
     keep: leave the last blocks, that have so many branches together, as they are (`Options.keep`).
+    probe: for blocks of any type, a function that runs the model once, as in `convert`.
     """
     options = Options(inversion="float", keep=keep, chunk_mib=chunk_mib)
+    with _probed(model, probe, options):
+        return _checkpoint_blocks(model, options, recompute_rest)
+
+
+def _checkpoint_blocks(model: nn.Module, options: Options, recompute_rest: bool) -> int:
+    keep, chunk_mib = options.keep, options.chunk_mib
     found, _ = _containers(model)
     _leave_saved_coefficients(model)
     children = {block: None for container in found.values() for block in container.children()}
@@ -210,7 +234,7 @@ def _leave_saved_coefficients(model: nn.Module) -> None:
             f"the weights were saved at (alpha, beta) = {next(iter(others.values()))} in {', '.join(others)}, and "
             "checkpointed blocks compute the plain network, (1, 0), another function; dr2net.convert(model) computes "
             "what was trained",
-            stacklevel=3,
+            stacklevel=4,
         )
     detach(model)
 
@@ -285,7 +309,7 @@ def _containers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
             refused.insert(0, f"{type(model).__name__} is a block itself; put it into an nn.Sequential")
         refused.sort(key=lambda line: ": no branches are known for blocks of type" in line)  # the least telling last
         listed = "\n  ".join(refused[:12]) or "it holds no nn.Sequential or nn.ModuleList of blocks"
-        raise ValueError(
+        raise NoBlocksError(
             f"nothing in {type(model).__name__} can be made reversible:\n  {listed}\n"
             "For blocks of any type give a batch to try, dr2net.convert(model, probe=lambda model: model(batch)), or "
             "register the branches of your block type with dr2net.branches_of.register (an example: "
