@@ -36,6 +36,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ViT, norms behind": ("vit_small_patch16_224", 32, VIT),
     "ViT, relative positions": ("vit_relpos_small_patch16_224", 32, {**VIT, **DROP}),
     "ViT, relative positions, norms behind": ("vit_srelpos_small_patch16_224", 32, VIT),
+    "ViT, hybrid": ("vit_tiny_r_s16_p8_224", 64, VIT),
     "EVA-02": ("eva02_tiny_patch14_224", 28, {**VIT, **DROP}),
     "EVA, norms behind": ("eva02_tiny_patch14_224", 28, {**VIT, "use_post_norm": True}),
     "DINOv3": ("vit_small_patch16_dinov3", 32, {**ROPE, **DROP}),
@@ -50,6 +51,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "DeepSeek ViT": ("deepseek_vit.DeepseekVitClassifier", 84, ROPE),
     "Gemma 4 ViT": ("gemma4_vit.Gemma4VitClassifier", 48, {**ROPE, "head_dim": 16, "intermediate_size": 48}),
     "Qwen 3 ViT": ("qwen3_vit.Qwen3VitClassifier", 64, {**ROPE, "mlp_ratio": 2.0}),
+    "NaFlexViT": ("naflexvit.NaFlexVit", 32, {"cfg": ("NaFlexVitCfg", {**ROPE, "rope_type": "mixed"}), **DROP}),
     "XCiT": ("xcit_nano_12_p16_224", 32, {**VIT, **DROP}),
     "PiT": ("pit_ti_224", 64, {"base_dims": (12, 12, 12), "depth": (2, 1, 1), "heads": (1, 2, 2)}),
     "Hiera": ("hiera_tiny_224", 64, HIERA),
@@ -113,6 +115,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "RegNet": ("regnety_002", 32, DROP),
     "RegNet, norms before": ("regnetz_005", 32, {}),
     "ByobNet": ("gernet_s", 32, {}),
+    "HaloNet": ("halonet26t", 256, {}),
     "RepVGG": ("repvgg_a0", 128, {}),
     "MobileOne": ("mobileone_s0", 128, {}),
     "CSPNet": ("cspdarknet53", 32, {}),
@@ -133,6 +136,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "RepGhost": ("repghostnet_050", 32, {}),
     "LCNet v2": ("lcnetv2_small", 32, {}),
     "ViTamin": ("vitamin_small_224", 64, {"depth": 1}),
+    "HardCoRe-NAS": ("hardcorenas_a", 32, {}),
     "HRNet": ("hrnet_w18_small", 32, {}),
 }
 
@@ -232,5 +236,5 @@ SLOW = {  # two seconds and more, so that the others together take a minute
     *("timm EfficientFormer v2", "timm EfficientViT (MSRA)", "timm LowFormer", "timm SHViT", "timm NFNet"),
     *("timm MobileOne", "timm RegNet, norms before", "timm RepVGG", "timm CSPNet", "timm Inception-ResNet v2"),
     *("timm VoVNet", "timm Xception", "timm MobileNetV4 with attention", "timm CondConv", "timm GhostNet v3"),
-    *("timm HRNet", "torchvision MViT", "torchvision EfficientNet v2"),
+    *("timm HRNet", "timm HaloNet", "torchvision MViT", "torchvision EfficientNet v2"),
 }

@@ -13,6 +13,7 @@ from toy_blocks import gradients, relative
 
 import dr2net
 from dr2net.convert import sequences
+from dr2net.memory import predict
 
 SAME = 1e-5  # float32: convolutions and sums in another order
 DOUBLE = {"timm MobileOne"}  # 35 batch norms of few values behind each other enlarge the rounding of float32
@@ -89,3 +90,23 @@ def test_a_converted_family_is_the_pretrained_one_and_its_gradients_are_right(na
         dr2net.convert(net, inversion="float", chunk_mib=chunk_mib)
     assert relative([loss_of(cut, x)], [loss_of(whole, x)]) < SAME
     assert relative(gradients(cut), gradients(whole)) < 10 * SAME
+
+
+@pytest.mark.parametrize("name", ["timm MViTv2", "torchvision MViT"])
+def test_blocks_that_return_a_size_beside_x_can_be_predicted(name: str) -> None:
+    model, x = build(name)
+    dr2net.convert(model)
+    dr2net.set_coefficients(model, 7 / 8, 1 / 8)
+
+    def step() -> None:
+        model(torch.randn(x.shape)).square().sum().backward()
+
+    assert predict(step, model).activations > 0
+
+
+def test_chunks_cut_every_branch_whose_norms_do_not_train() -> None:
+    for name in ("timm EVA-02", "timm BEiT v2", "timm NaFlexViT", "timm ConvNeXt", "timm ResNet v2", "torchvision ViT"):
+        model, x = build(name)
+        dr2net.convert(model.eval(), chunk_mib=1e-6)
+        model(x)
+        assert {reason for sequence in sequences(model) for reason in sequence.whole.values()} == set(), name

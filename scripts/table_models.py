@@ -1,0 +1,338 @@
+"""Which models become reversible: docs/models.md, over timm, torchvision and transformers.
+
+    python -m scripts.table_models [--parts timm memory] [--force] [--dry-run]
+
+    timm            one model of each of its modules: branches, share of the parameters, what chunks are cut along, or
+                    why it does not convert (minutes)
+    torchvision     the same of each of its models
+    transformers    the same of the families that are finetuned most
+    memory          predicted activations of those of timm, against checkpointing each block (half an hour)
+
+Each part writes results/models_<part>.json and is skipped when that is there, unless --force. No weights are loaded and
+nothing is computed. Whether outputs and gradients are right is not said here but in common/tests/core/test_families.py
+and test_convert.py; "tested" means that a model of the family is in one of them.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dr2net
+from dr2net import planner
+from dr2net.branches import blocks_of, find_branches
+from dr2net.cli import print_table
+from dr2net.convert import sequences
+from dr2net.memory import predict
+from engine.files import read_json, write_text
+from engine.records.provenance import commit, versions
+from engine.records.tables import markdown_table
+
+Row = dict[str, Any]
+BATCH = 64
+CHUNK_MIB = 64
+TRIES = 10
+ZOOS = ("common/tests/library_zoo.py", "common/tests/model_zoo.py", "common/tests/transformers_zoo.py")
+SMALL = ("pico", "nano", "tiny", "small", "_xs", "_s", "_t", "_b0", "_m0")
+WITHOUT = "no blocks of the form x + f(x) with equal shapes: "
+REASONS = {  # of what does not convert, by the module of timm or the name in torchvision
+    "convmixer": "every residual block stands alone between two convolutions, so a run would be one block",
+    "densenet": WITHOUT + "each layer's output is put beside its input",
+    "dla": "a block gets its shortcut as an argument, and blocks are attributes of trees, not of a container",
+    "dpn": WITHOUT + "channels are put beside x as well as added",
+    "efficientvim": "a block returns two tensors, its output and a state",
+    "googlenet": WITHOUT + "branches are concatenated",
+    "inception_v3": WITHOUT + "branches are concatenated",
+    "inception_v4": WITHOUT + "branches are concatenated",
+    "nasnet": WITHOUT + "a cell takes the outputs of two cells",
+    "pnasnet": WITHOUT + "a cell takes the outputs of two cells",
+    "rdnet": WITHOUT + "each layer's output is put beside its input",
+    "rexnet": WITHOUT + "a block has more channels than the one before it",
+    "s3d": WITHOUT + "branches are concatenated",
+    "selecsls": WITHOUT + "outputs of layers are concatenated",
+    "ssd": WITHOUT + "its backbone is a VGG",
+    "shufflenet": WITHOUT + "half of the channels pass, the other half is replaced",
+    "squeezenet": WITHOUT + "branches are concatenated",
+    "tnt": "a block carries two streams, pixels and patches",
+    "twins": "positions are added to x between the first block and the second, which interrupts the run",
+    "vgg": WITHOUT + "a chain of convolutions",
+    "alexnet": WITHOUT + "a chain of convolutions",
+    "xception": "its blocks are attributes of the model, not of a container",
+}
+TESTED = {  # words in torchvision's names, of networks of which a tiny one is tested
+    *("vit", "swin", "swin3d", "maxvit", "mvit", "convnext", "regnet", "efficientnet", "mobilenet", "mnasnet"),
+    *("resnet", "resnext", "wide", "r3d", "mc", "r2plus1d"),
+}
+TRANSFORMERS = (  # in order of demand
+    *("dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "vit", "deit", "vit_mae", "beit", "dpt"),
+    *(
+        "videomae",
+        "timesformer",
+        "vivit",
+        "vjepa2",
+        "hiera",
+        "wav2vec2",
+        "hubert",
+        "whisper",
+        "audio-spectrogram-transformer",
+    ),
+    *("convnext", "convnextv2", "swin", "swinv2", "sam", "segformer", "detr", "mask2former", "resnet"),
+    *("bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "modernbert", "xlm-roberta", "mpnet"),
+    *("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "opt", "gpt_neox", "bart", "t5", "mamba"),
+)
+
+
+def timm_models() -> Iterator[tuple[str, list[str]]]:
+    """(module, its models, smaller ones first as far as their names tell)."""
+    import timm
+
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if names:
+            known = {name: any(word in name for word in SMALL) and not name.startswith("test_") for name in names}
+            yield module, sorted(names, key=lambda name: (not known[name], len(name), name))
+
+
+def torchvision_models() -> Iterator[tuple[str, str]]:
+    """(library part, name) of all of torchvision's models without quantized ones."""
+    from torchvision import models
+
+    for part in (models, models.video, models.segmentation, models.detection):
+        for name in models.list_models(module=part):
+            yield part.__name__.rpartition(".")[2].replace("models", "classification"), name
+
+
+def build(library: str, name: str) -> nn.Module:
+    """With random weights, on the meta device if it can be built there (torchvision's RegNet looks at numbers)."""
+    try:
+        return _build(library, name, "meta")
+    except NotImplementedError:
+        return _build(library, name, "cpu")
+
+
+def _build(library: str, name: str, device: str) -> nn.Module:
+    with torch.device(device):
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name).train()
+        if library == "torchvision":
+            from torchvision import models
+
+            options = inspect.signature(models.get_model_builder(name)).parameters
+            backbone = {"weights_backbone": None} if "weights_backbone" in options else {}  # else it would be fetched
+            return models.get_model(name, weights=None, **backbone).train()
+        from transformers import AutoConfig, AutoModel
+
+        return AutoModel.from_config(AutoConfig.for_model(name)).train()
+
+
+def described(model: nn.Module) -> Row:
+    """What `dr2net.convert` makes of it."""
+    report = dr2net.convert(model)
+    blocks = [block for s in sequences(model) for block in blocks_of(s).values()]
+    branches = [found for block in blocks if (found := find_branches(block)[0])]
+    counts = Counter(len(found) for found in branches)
+    cuts = Counter(
+        branch.independent if isinstance(branch.independent, str) else "windows" if branch.independent else "whole"
+        for found in branches
+        for branch in found
+    )
+    return {
+        "blocks": len(branches),
+        "branches": sorted(counts),
+        "share": report.reversible_parameters / report.all_parameters,
+        "cuts": [kind for kind, _ in cuts.most_common()],
+    }
+
+
+def attempt(row: Row) -> Row:
+    """The row with what came of the conversion, or the reason why nothing did."""
+    try:
+        row |= described(build(row["library"], row["model"]))
+    except Exception as error:  # of any model of three libraries: it is told in the table
+        lines = str(error).splitlines() or [type(error).__name__]
+        row["reason"] = REASONS.get(row["family"]) or REASONS.get(re.split(r"[\d_]", row["family"])[0]) or lines[0]
+        if "can be made reversible" in lines[0] and row["reason"] == lines[0] and len(lines) > 1:
+            row["reason"] = lines[1].strip().partition(": ")[2] + "; `probe=` may take them as one branch each"
+    return row
+
+
+def of_timm() -> Iterator[Row]:
+    """The first model of each module with a fifth of its parameters in reversible blocks, of TRIES, else the last."""
+    tested = "\n".join(Path(zoo).read_text() for zoo in ZOOS)
+    for module, names in timm_models():
+        marks = [f'"{module}.', f"timm.models.{module} import", *(f'"{name}"' for name in names)]
+        row: Row = {}
+        for name in names[:TRIES]:
+            row = attempt({"library": "timm", "family": module, "model": name, "models": len(names)})
+            if row.get("share", 0) >= 0.2:
+                break
+        yield row | {"tested": any(mark in tested for mark in marks)}
+
+
+def of_torchvision() -> Iterator[Row]:
+    for part, name in torchvision_models():
+        row = attempt({"library": "torchvision", "family": name, "model": name, "part": part})
+        yield row | {"tested": any(word.rstrip("0123456789") in TESTED for word in name.split("_"))}
+
+
+def of_transformers() -> Iterator[Row]:
+    tested = Path(ZOOS[-1]).read_text()
+    for name in TRANSFORMERS:
+        row = attempt({"library": "transformers", "family": name, "model": name})
+        yield row | {"tested": re.search(rf"\b{re.escape(name)}\b", tested) is not None}
+
+
+def memory() -> Iterator[Row]:
+    """Activations at the peak of forward and backward, BATCH images of the model's size, float32; most models first."""
+    rows = read_json(part_file("timm"), "run the part timm first")["rows"]
+    for row in sorted(rows, key=lambda row: -row["models"]):
+        sizes: Row = {}
+        for method in ("dr2net", "checkpointed") if "share" in row else ():
+            try:
+                sizes[method] = activations(row["library"], row["model"], method)
+            except Exception as error:  # of any model: it is said here, and a dash in the table
+                print(f"{row['model']}, {method}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                break
+        if sizes:
+            yield {"library": row["library"], "model": row["model"], **sizes}
+
+
+def activations(library: str, name: str, method: str) -> int:
+    model = build(library, name)
+    if method == "checkpointed":
+        dr2net.checkpoint_blocks(model)
+    else:
+        dr2net.convert(model, chunk_mib=CHUNK_MIB)
+        dr2net.set_coefficients(model, 7 / 8, 1 / 8)
+    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+
+    def step() -> None:
+        planner.loss_of(model, torch.randn(BATCH, *size), "fp32").backward()
+
+    return predict(step, model).activations
+
+
+LIBRARIES = {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {**LIBRARIES, "memory": memory}
+
+
+def part_file(name: str) -> Path:
+    return Path("results") / f"models_{name}.json"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def table(rows: list[Row], sizes: dict[str, Row]) -> str:
+    """Those that become reversible."""
+    lines = []
+    for row in rows:
+        size = sizes.get(row["model"], {})
+        ratio = f"{size['dr2net'] / size['checkpointed']:.2f}" if {"dr2net", "checkpointed"} <= set(size) else "-"
+        per_block = " or ".join(map(str, row["branches"]))
+        lines.append(
+            (
+                row["family"],
+                row["model"] if row["model"] != row["family"] else "",
+                str(row["blocks"]),
+                per_block,
+                percent(row["share"]),
+                ", ".join(row["cuts"]),
+                ratio,
+                "yes" if row.get("tested") else "-",
+            )
+        )
+    titles = ("family", "model", "blocks", "branches per block", "parameters", "cut by", "memory", "tested")
+    return markdown_table(titles, lines) + "\n"
+
+
+def page(parts: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md."""
+    sizes = {row["model"]: row for row in parts.get("memory", {"rows": []})["rows"]}
+    known = parts["timm"]["versions"]
+    used = ", ".join(
+        f"{name} {known[name]}" for name in ("torch", "timm", "torchvision", "transformers") if name in known
+    )
+    texts = []
+    for library in LIBRARIES:
+        own = parts.get(library, {"rows": []})["rows"]
+        if not own:
+            continue
+        taken = [row for row in own if "share" in row]
+        rest = [row for row in own if "share" not in row]
+        grouped: dict[str, list[str]] = {}
+        for row in rest:
+            grouped.setdefault(row["reason"], []).append(f"`{row['family']}`")
+        lines = "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in grouped.items())
+        what = "modules" if library == "timm" else "models" if library == "torchvision" else "families"
+        texts.append(
+            f"## {library}\n\n{len(taken)} of {len(own)} {what}.\n\n{table(taken, sizes)}\nNot these:\n\n{lines}\n"
+        )
+    counted = parts["timm"]["rows"]
+    residual = [row for row in counted if not REASONS.get(row["family"], "").startswith(WITHOUT)]
+    taken = sum(row["models"] for row in residual if "share" in row)
+    models = sum(row["models"] for row in residual)
+    number = (
+        f"Of timm's {sum(row['models'] for row in counted)} models, {models} stand in modules with residual blocks of "
+        f"equal shape; modules that become reversible have {taken} of them, {percent(taken / models)}."
+    )
+    return f"""# Models that `dr2net.convert` knows
+
+Made by `python -m scripts.table_models` ({used}). For what is not here, `dr2net.convert(model, probe=...)` finds the
+chains of blocks itself, each block one branch; your own block is one short function (`common/dr2net/branches.py`).
+
+{number}
+
+Blocks: those that become reversible; the others run as they are, and `convert` reports why. Parameters: the share in
+reversible blocks. Cut by: along what a branch may run in chunks; batch norms that train make it run as a whole.
+Memory: predicted activations of a training step, {BATCH} images of the model's own size, float32, exact inversion at
+(7/8, 1/8) in chunks of {CHUNK_MIB} MiB, divided by those of checkpointing each block; above 1 checkpointing needs
+less (`dr2net.checkpoint_blocks`), as with few blocks per stage and batch norms that train; a dash was not predicted.
+Tested: keys, outputs, gradients, dropout, chunks and bf16 of a tiny model of the family.
+
+{chr(10).join(texts)}"""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--force", action="store_true", help="make again what is there")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    known, sources = versions(), commit()
+    for name in options.parts:
+        file = part_file(name)
+        if file.exists() and not options.force:
+            print(f"{name}: there already, skipped")
+        elif options.dry_run:
+            print(f"{name}: would write {file}")
+        else:
+            rows = []
+            for row in PARTS[name]():  # what is there when it is stopped stays
+                rows.append(row)
+                write_text(file, json.dumps({"commit": sources, "versions": known, "rows": rows}, indent=1) + "\n")
+            print_table((name, "rows"), [(str(file), str(len(rows)))])
+    parts = {name: read_json(part_file(name), "make it again") for name in PARTS if part_file(name).exists()}
+    if options.dry_run or "timm" not in parts:
+        print("docs/models.md: " + ("would be written" if options.dry_run else "waits for timm"))
+        return
+    Path("docs").mkdir(exist_ok=True)
+    write_text(Path("docs/models.md"), page(parts))
+    print("docs/models.md")
+
+
+if __name__ == "__main__":
+    main()
