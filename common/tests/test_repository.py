@@ -35,7 +35,7 @@ STANDARD_LIBRARY = set(sys.stdlib_module_names)
 
 
 def sources() -> list[Path]:
-    folders = [ROOT / "common", ROOT / "scripts", *(ROOT / name for name in TASK_NAMES)]
+    folders = [ROOT / "common", ROOT / "scripts", ROOT / "examples", *(ROOT / name for name in TASK_NAMES)]
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
@@ -79,7 +79,10 @@ def test_core_modules_import_only_torch_when_they_are_loaded(path: Path) -> None
 
 
 def test_the_library_knows_nothing_above_it_and_the_engine_no_task() -> None:
-    for folder, above in ((LIBRARY, {"engine", *TASK_NAMES, "scripts"}), (ENGINE, {*TASK_NAMES, "scripts"})):
+    for folder, above in (
+        (LIBRARY, {"engine", *TASK_NAMES, "scripts", "examples"}),
+        (ENGINE, {*TASK_NAMES, "scripts", "examples"}),
+    ):
         for path in folder.rglob("*.py"):
             assert not {name.split(".")[0] for name in imported_anywhere(path)} & above, relative(path)
 
@@ -200,6 +203,7 @@ def test_there_are_two_autograd_functions_and_no_backbone_has_its_own() -> None:
 def readmes() -> list[Path]:
     names = ("README.md", "CONTRIBUTING.md", "common/README.md", "results/README.md")
     places = [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
+    places += sorted((ROOT / "examples").glob("*/README.md"))
     return [path for path in [*places, *(ROOT / task / "README.md" for task in TASKS)] if path.exists()]
 
 
@@ -227,6 +231,17 @@ def test_the_result_that_a_readme_expects_is_that_of_a_record(task: str) -> None
         assert metrics == ", ".join(f"{name} {value:.1f}" for name, value in run["metrics"].items())
 
 
+def test_the_result_that_an_example_expects_is_that_of_a_record() -> None:
+    found = {}
+    for readme in (ROOT / "examples").glob("*/README.md"):
+        for row, seed, metrics in re.findall(r"^ +(\w+) seed (\d+): (.+)$", readme.read_text(), flags=re.M):
+            runs = json.loads((ROOT / "results" / "examples" / f"{row}.json").read_text())["runs"]
+            (run,) = [run for run in runs if run["seed"] == int(seed)]
+            assert metrics == ", ".join(f"{name} {value:.1f}" for name, value in run["metrics"].items())
+            found[readme.parent.name] = row
+    assert found.keys() == {"audio", "text"}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_settings_that_a_readme_names_exist(task: str) -> None:
     rows = importlib.import_module(f"{task}.configs").ROWS
@@ -244,7 +259,7 @@ def test_commands_of_a_readme_exist(readme: Path) -> None:
         for script in re.findall(r"\bbash (\S+\.sh)", line):
             assert (ROOT / script).exists(), line
         for module in re.findall(r" -m ([\w.]+)", line):
-            if module.split(".")[0] in (*TASK_NAMES, "scripts"):
+            if module.split(".")[0] in (*TASK_NAMES, "scripts", "examples"):
                 assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), line
         if line.startswith("dr2net "):
             from dr2net.cli import build_parser

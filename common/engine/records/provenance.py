@@ -29,9 +29,11 @@ CHANGES = ("status", "--porcelain", "-uno", "--", ":(top)", ":(top,exclude)resul
 def sources(task: str) -> dict[str, Path]:
     """Module name -> file of all that a training of `task` imports of this repository, anywhere in a file.
 
-    The search begins at `<task>.train`, or at the module `task` itself where it is no package.
+    The search begins at `<task>.train`, or at the module `task` itself where it is no package, or one of a package, as
+    "examples.text.run".
     """
-    packages = {name: folder for name in (*OWN, task) if (folder := _file_of(name)) is not None}
+    top = task.split(".")[0]
+    packages = {name: folder for name in (*OWN, top) if (folder := _file_of(name)) is not None}
     start = f"{task}.train" if packages.get(task, Path()).name == "__init__.py" else task
     found: dict[str, Path] = {}
     open_ends = [start]
