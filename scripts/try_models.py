@@ -89,7 +89,8 @@ def try_model(name: str, model: nn.Module, run: Run, *, probe: bool = True, **op
             model.train(mode)
             found = [_gradients(model, run, own, store) for store in (True, False)]
             error = _relative(*found)
-            trial.gradient = max(trial.gradient or 0.0, error)
+            if trial.gradient is None or not error <= trial.gradient:  # one that is not a number, too
+                trial.gradient = error
         dr2net.set_coefficients(model, 1, 0)
         dr2net.deconvert(model)
         model.eval()
