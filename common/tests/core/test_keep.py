@@ -85,7 +85,7 @@ def test_the_last_branches_of_the_whole_model_are_kept_and_deconverting_forgets_
     assert dr2net.gradient_error(model, clip, lambda m, x: m(x).square().mean()).overall == 0
     dr2net.deconvert(model)
     assert not hasattr(own[0], "keep")
-    torch.testing.assert_close(model(clip), plain(clip), rtol=0, atol=0)
+    torch.testing.assert_close(model.eval()(clip), plain.eval()(clip), rtol=0, atol=0)  # without stochastic depth
 
 
 def test_kept_branches_save_from_the_present_error_of_float_inversion() -> None:

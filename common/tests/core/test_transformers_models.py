@@ -98,8 +98,10 @@ def test_tracing_and_export_end_in_a_sentence() -> None:
         "export": lambda: torch.export.export(model, (x,)),
         "fx": lambda: torch.fx.symbolic_trace(model),
     }
+    # before 2.7 torch.export itself ends at a block, in its own words, which name ours
+    ours = hasattr(torch.compiler, "is_exporting")
     for name, call in calls.items():
-        with pytest.raises(Exception, match=r"dr2net\.deconvert\(model\)"):
+        with pytest.raises(Exception, match=r"dr2net\.deconvert\(model\)" if ours or name != "export" else r"Entry\."):
             call()
             pytest.fail(name)
     assert model(x).isfinite().all()
