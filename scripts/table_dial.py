@@ -22,7 +22,7 @@ from torch import nn
 from dr2net import planner, work
 from dr2net.planner import Setting
 from dr2net.styles import STYLES
-from engine.files import write_text
+from engine.files import appearing, write_text
 from engine.records.provenance import commit, device_name, versions
 from engine.records.tables import markdown_table
 
@@ -109,7 +109,8 @@ def draw(path: Path, found: list[dict[str, Any]]) -> None:
     axes.set_title("ViT-S: numbers are the branches that keep their insides", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with appearing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dr2net
 from dr2net.node import RecomputationError
+from engine.files import write_text
 
 OUTPUT = Path(__file__).parents[1] / "results" / "post_norm.md"
 SETTINGS: tuple[tuple[float, Fraction], ...] = (
@@ -104,7 +105,7 @@ def main() -> None:
             "",
         ]
     )
-    OUTPUT.write_text(text)
+    write_text(OUTPUT, text)
     print(text)
 
 
