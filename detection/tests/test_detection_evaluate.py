@@ -42,7 +42,15 @@ class Oracle(torch.nn.Module):
     def forward(self, batch: dict[str, Any]) -> list[int]:
         return batch["image_id"]
 
-    def detect(self, outputs: list[int], original_size: list[tuple[int, int]], max_detections: int) -> list[Detected]:
+    def detect(
+        self,
+        outputs: list[int],
+        original_size: list[tuple[int, int]],
+        max_detections: int,
+        *,
+        max_overlap: float | None,
+    ) -> list[Detected]:
+        assert max_overlap is None
         assert [IMAGES[image_id] for image_id in outputs] == original_size
         return [Detected(*(value[:max_detections] for value in self.answers[image_id])) for image_id in outputs]
 
