@@ -49,7 +49,10 @@ class Lights(torch.nn.Module):
         self.calls += 1
         return batch
 
-    def detect(self, outputs: dict[str, Any], original_size: list[tuple[int, int]], most: int) -> list[Detected]:
+    def detect(
+        self, outputs: dict[str, Any], original_size: list[tuple[int, int]], most: int, *, max_overlap: float | None
+    ) -> list[Detected]:
+        assert max_overlap is None
         found = []
         for image, padding, (height, width) in zip(outputs["image"], outputs["padding"], original_size, strict=True):
             own_height, own_width = int((~padding[:, 0]).sum()), int((~padding[0]).sum())
