@@ -286,8 +286,8 @@ def test_a_network_that_fails_in_the_middle_of_a_video_leaves_nothing(world, tmp
     config, model = world
     whole: Callable = model.detect
 
-    def failing(*words: Any) -> list:
-        found = whole(*words)
+    def failing(*words: Any, **named: Any) -> list:
+        found = whole(*words, **named)
         return [one._replace(scores=one.scores * float("nan")) for one in found] if model.calls == 7 else found
 
     monkeypatch.setattr(model, "detect", failing)
