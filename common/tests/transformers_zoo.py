@@ -227,7 +227,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     **_named(text, "xlm-roberta-xl", "layoutlm", "markuplm", "splinter", "roc_bert", "nomic_bert", "gte", "mpnet"),
     **_named(text, "yoso", "esm", pad_token_id=0, mask_token_id=3, position_embedding_type="rotary"),
     **_named(decoder, "llama", "mistral", "qwen2", "qwen3", "gemma", "glm", "helium", "ministral", "olmo", "smollm3"),
-    **_named(decoder, "starcoder2", "seed_oss", "arcee", "bitnet", "cwm", "ernie4_5", "hunyuan_v1_dense", "csm"),
+    **_named(decoder, "starcoder2", "seed_oss", "arcee", "bitnet", "cwm", "ernie4_5", "hunyuan_v1_dense"),
     **_named(decoder, "eurobert", "gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "granite", "phi3", "phi"),
     **_named(decoder, "cohere", "cohere2", "gpt_neox", "modernbert"),
     **_named(decoder, "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", **EXPERTS),
