@@ -118,13 +118,10 @@ def referring_tiny(method: Method) -> Config:
     return replace(
         base,
         preset="tiny",
-        data=replace(
-            base.data, root=Path("data/referring_tiny"), text="words", num_videos=40, image_size=96, max_size=96
-        ),
+        data=replace(base.data, root=Path("data/referring_tiny"), text="words", num_videos=40),
         model=replace(base.model, weights=SMALL_WEIGHTS, text_width=96),
         optimization=replace(
             base.optimization,
-            epochs=1.5,
             warmup_epochs=0.2,
             learning_rate=1e-3,
             multipliers={"backbone.": 0.1},
