@@ -6,11 +6,13 @@
                     why it does not convert (minutes)
     torchvision     the same of each of its models
     transformers    the same of the families that are finetuned most
-    memory          predicted activations of those of timm, against checkpointing each block (half an hour)
+    memory          predicted activations of all of these, against checkpointing each block (an hour; stop and start it
+                    at will: what stands in its file is not predicted again)
 
 Each part writes results/models_<part>.json and is skipped when that is there, unless --force. No weights are loaded and
-nothing is computed. Whether outputs and gradients are right is not said here but in common/tests/core/test_families.py
-and test_convert.py; "tested" means that a model of the family is in one of them.
+nothing is computed, but for families that only a probe takes. Whether outputs and gradients are right is not said here
+but in common/tests/core/test_families.py and test_convert.py; "tested" means that a model of the family is in one of
+them.
 """
 
 import argparse
@@ -35,9 +37,12 @@ from dr2net.memory import predict
 from engine.files import read_json, write_text
 from engine.records.provenance import commit, versions
 from engine.records.tables import markdown_table
+from scripts import zoo_transformers
 
 Row = dict[str, Any]
-BATCH = 64
+SAMPLES = {"picture": 64, "text": 16, "sound": 16, "video": 8}
+TOKENS, SOUND = 512, 80_000  # of a text; values of a sound, five seconds
+VIDEO = ("videomae", "timesformer", "vivit", "vjepa2")  # transformers
 CHUNK_MIB = 64
 TRIES = 10
 ZOOS = ("common/tests/library_zoo.py", "common/tests/model_zoo.py", "common/tests/transformers_zoo.py")
@@ -132,12 +137,35 @@ def _build(library: str, name: str, device: str) -> nn.Module:
             return models.get_model(name, weights=None, **backbone).train()
         from transformers import AutoConfig, AutoModel
 
-        return AutoModel.from_config(AutoConfig.for_model(name)).train()
+        config = AutoConfig.for_model(name)
+        for layers_left_out in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+            if getattr(config, layers_left_out, 0):
+                setattr(config, layers_left_out, 0.0)  # convert refuses them
+        return AutoModel.from_config(config).train()
 
 
-def described(model: nn.Module) -> Row:
+def batch_of(library: str, name: str, model: nn.Module, samples: Row = SAMPLES) -> Any:
+    """Random tensors of the model's own size, or a dictionary of them by name. ValueError for detectors."""
+    if library == "transformers":
+        main = getattr(model, "main_input_name", "")
+        config = getattr(model, "config", None)
+        kind = "sound" if main.startswith("input_") and main != "input_ids" else "text" if main == "input_ids" else ""
+        moving = name in VIDEO or "num_frames" in vars(config)
+        count = samples[kind or ("video" if moving else "picture")]
+        longest = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
+        return zoo_transformers.inputs_of(model, config, samples=count, tokens=longest, sound=SOUND)
+    if library == "timm":
+        return torch.randn(samples["picture"], *getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))
+    if ".video" in type(model).__module__:
+        return torch.randn(samples["video"], 3, 16, 224, 224)
+    if ".detection" in type(model).__module__:
+        raise ValueError("a detector wants boxes; its backbone stands in the table by itself")
+    return torch.randn(samples["picture"], 3, 224, 224)
+
+
+def described(model: nn.Module, probe: Any = None) -> Row:
     """What `dr2net.convert` makes of it."""
-    report = dr2net.convert(model)
+    report = dr2net.convert(model, probe=probe, chunk_mib=None if probe is None else CHUNK_MIB)
     blocks = [block for s in sequences(model) for block in blocks_of(s).values()]
     branches = [found for block in blocks if (found := find_branches(block)[0])]
     counts = Counter(len(found) for found in branches)
@@ -157,13 +185,23 @@ def described(model: nn.Module) -> Row:
 def attempt(row: Row) -> Row:
     """The row with what came of the conversion, or the reason why nothing did."""
     try:
-        row |= described(build(row["library"], row["model"]))
+        return row | described(build(row["library"], row["model"]))
     except Exception as error:  # of any model of three libraries: it is told in the table
         lines = str(error).splitlines() or [type(error).__name__]
+    try:
+        return row | {"probe": True, **probed(row["library"], row["model"])[1]}
+    except Exception:  # then the reason without a probe is told
         row["reason"] = REASONS.get(row["family"]) or REASONS.get(re.split(r"[\d_]", row["family"])[0]) or lines[0]
         if "can be made reversible" in lines[0] and row["reason"] == lines[0] and len(lines) > 1:
-            row["reason"] = lines[1].strip().partition(": ")[2] + "; `probe=` may take them as one branch each"
+            row["reason"] = lines[1].strip().partition(": ")[2]
     return row
+
+
+def probed(library: str, name: str) -> tuple[nn.Module, Row]:
+    """A model whose blocks a probe has made reversible, and what came of them."""
+    model = _build(library, name, "cpu")
+    batch = batch_of(library, name, model, dict.fromkeys(SAMPLES, 2))
+    return model, described(model, lambda model: planner.call(model, batch))
 
 
 def of_timm() -> Iterator[Row]:
@@ -193,31 +231,44 @@ def of_transformers() -> Iterator[Row]:
 
 
 def memory() -> Iterator[Row]:
-    """Activations at the peak of forward and backward, BATCH images of the model's size, float32; most models first."""
-    rows = read_json(part_file("timm"), "run the part timm first")["rows"]
-    for row in sorted(rows, key=lambda row: -row["models"]):
-        sizes: Row = {}
-        for method in ("dr2net", "checkpointed") if "share" in row else ():
-            try:
-                sizes[method] = activations(row["library"], row["model"], method)
-            except Exception as error:  # of any model: it is said here, and a dash in the table
-                print(f"{row['model']}, {method}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-                break
-        if sizes:
-            yield {"library": row["library"], "model": row["model"], **sizes}
+    """Activations at the peak of forward and backward in float32."""
+    there = (
+        {row["model"]: row for row in read_json(part_file("memory"), "")["rows"]}
+        if part_file("memory").exists()
+        else {}
+    )
+    for library in LIBRARIES:
+        for row in read_json(part_file(library), f"run the part {library} first")["rows"]:
+            if "share" not in row:
+                continue
+            sizes = there.get(row["model"]) or {"library": library, "model": row["model"]}
+            for method in ("dr2net", "checkpointed") if "why" not in sizes else ():
+                try:
+                    sizes[method] = sizes.get(method) or activations(row, method)
+                except Exception as error:  # of any model: it is said here, and a dash in the table
+                    sizes["why"] = f"{method}: {type(error).__name__}: {str(error)[:200]}"
+                    print(f"{row['model']}: {sizes['why']}", flush=True)
+                    break
+            yield sizes
 
 
-def activations(library: str, name: str, method: str) -> int:
-    model = build(library, name)
-    if method == "checkpointed":
-        dr2net.checkpoint_blocks(model)
+def activations(row: Row, method: str) -> int:
+    library, name = row["library"], row["model"]
+    if row.get("probe"):
+        model = probed(library, name)[0]
+        if method == "checkpointed":
+            dr2net.deconvert(model)
     else:
-        dr2net.convert(model, chunk_mib=CHUNK_MIB)
+        model = build(library, name)
+        if method == "dr2net":
+            dr2net.convert(model, chunk_mib=CHUNK_MIB)
+    if method == "dr2net":
         dr2net.set_coefficients(model, 7 / 8, 1 / 8)
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    else:
+        dr2net.checkpoint_blocks(model)
 
     def step() -> None:
-        planner.loss_of(model, torch.randn(BATCH, *size), "fp32").backward()
+        planner.loss_of(model, batch_of(library, name, model), "fp32").backward()
 
     return predict(step, model).activations
 
@@ -243,7 +294,7 @@ def table(rows: list[Row], sizes: dict[str, Row]) -> str:
         per_block = " or ".join(map(str, row["branches"]))
         lines.append(
             (
-                row["family"],
+                row["family"] + (" with `probe=`" if row.get("probe") else ""),
                 row["model"] if row["model"] != row["family"] else "",
                 str(row["blocks"]),
                 per_block,
@@ -287,6 +338,10 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         f"Of timm's {sum(row['models'] for row in counted)} models, {models} stand in modules with residual blocks of "
         f"equal shape; modules that become reversible have {taken} of them, {percent(taken / models)}."
     )
+    batch = (
+        f"{SAMPLES['picture']} pictures of the model's own size, {SAMPLES['video']} clips, {SAMPLES['text']} texts of "
+        f"{TOKENS} tokens\nor {SAMPLES['sound']} sounds of five seconds"
+    )
     return f"""# Models that `dr2net.convert` knows
 
 Made by `python -m scripts.table_models` ({used}). For what is not here, `dr2net.convert(model, probe=...)` finds the
@@ -296,9 +351,10 @@ chains of blocks itself, each block one branch; your own block is one short func
 
 Blocks: those that become reversible; the others run as they are, and `convert` reports why. Parameters: the share in
 reversible blocks. Cut by: along what a branch may run in chunks; batch norms that train make it run as a whole.
-Memory: predicted activations of a training step, {BATCH} images of the model's own size, float32, exact inversion at
-(7/8, 1/8) in chunks of {CHUNK_MIB} MiB, divided by those of checkpointing each block; above 1 checkpointing needs
-less (`dr2net.checkpoint_blocks`), as with few blocks per stage and batch norms that train; a dash was not predicted.
+Memory: predicted activations of a training step in float32, exact inversion at (7/8, 1/8) in chunks of {CHUNK_MIB} MiB,
+divided by those of checkpointing each block; above 1 checkpointing needs less (`dr2net.checkpoint_blocks`), as with few
+blocks per stage and batch norms that train; a dash was not predicted (detectors). The batch: {batch}.
+A family with `probe=` has no adapter: each block that a probe finds is one branch.
 Tested: keys, outputs, gradients, dropout, chunks and bf16 of a tiny model of the family.
 
 {chr(10).join(texts)}"""
@@ -320,7 +376,7 @@ def main() -> None:
         elif options.dry_run:
             print(f"{name}: would write {file}")
         else:
-            rows = []
+            rows: list[Row] = []
             for row in PARTS[name]():  # what is there when it is stopped stays
                 rows.append(row)
                 write_text(file, json.dumps({"commit": sources, "versions": known, "rows": rows}, indent=1) + "\n")
