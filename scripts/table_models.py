@@ -6,11 +6,13 @@
                     why it does not convert (minutes)
     torchvision     the same of each of its models
     transformers    the same of the families that are finetuned most
-    memory          predicted activations of those of timm, against checkpointing each block (half an hour)
+    memory          predicted activations of all of these, against checkpointing each block (an hour; stop and start it
+                    at will: what stands in its file is not predicted again)
 
 Each part writes results/models_<part>.json and is skipped when that is there, unless --force. No weights are loaded and
-nothing is computed. Whether outputs and gradients are right is not said here but in common/tests/core/test_families.py
-and test_convert.py; "tested" means that a model of the family is in one of them.
+nothing is computed, but for families that only a probe takes. Whether outputs and gradients are right is not said here
+but in common/tests/core/test_families.py and test_convert.py; "tested" means that a model of the family is in one of
+them.
 """
 
 import argparse
@@ -30,43 +32,22 @@ import dr2net
 from dr2net import planner
 from dr2net.branches import blocks_of, find_branches
 from dr2net.cli import print_table
-from dr2net.convert import sequences
+from dr2net.convert import NoBlocksError, sequences
 from dr2net.memory import predict
 from engine.files import read_json, write_text
 from engine.records.provenance import commit, versions
-from engine.records.tables import markdown_table
+from scripts import zoo_transformers
+from scripts.models_page import CHUNK_MIB, REASONS, SAMPLES, SOUND, TOKENS, Row, page
 
-Row = dict[str, Any]
-BATCH = 64
-CHUNK_MIB = 64
+TRAINABLE = {  # what convert refuses, and masks of random size, which nothing predicts
+    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
+    **dict.fromkeys(("use_cache", "apply_spec_augment"), False),
+}
+SLOW = {"mamba"}  # its scan is a loop over tokens in Python, ten minutes of prediction
+VIDEO = ("videomae", "timesformer", "vivit", "vjepa2")  # transformers
 TRIES = 10
 ZOOS = ("common/tests/library_zoo.py", "common/tests/model_zoo.py", "common/tests/transformers_zoo.py")
 SMALL = ("pico", "nano", "tiny", "small", "_xs", "_s", "_t", "_b0", "_m0")
-WITHOUT = "no blocks of the form x + f(x) with equal shapes: "
-REASONS = {  # of what does not convert, by the module of timm or the name in torchvision
-    "convmixer": "every residual block stands alone between two convolutions, so a run would be one block",
-    "densenet": WITHOUT + "each layer's output is put beside its input",
-    "dla": "a block gets its shortcut as an argument, and blocks are attributes of trees, not of a container",
-    "dpn": WITHOUT + "channels are put beside x as well as added",
-    "efficientvim": "a block returns two tensors, its output and a state",
-    "googlenet": WITHOUT + "branches are concatenated",
-    "inception_v3": WITHOUT + "branches are concatenated",
-    "inception_v4": WITHOUT + "branches are concatenated",
-    "nasnet": WITHOUT + "a cell takes the outputs of two cells",
-    "pnasnet": WITHOUT + "a cell takes the outputs of two cells",
-    "rdnet": WITHOUT + "each layer's output is put beside its input",
-    "rexnet": WITHOUT + "a block has more channels than the one before it",
-    "s3d": WITHOUT + "branches are concatenated",
-    "selecsls": WITHOUT + "outputs of layers are concatenated",
-    "ssd": WITHOUT + "its backbone is a VGG",
-    "shufflenet": WITHOUT + "half of the channels pass, the other half is replaced",
-    "squeezenet": WITHOUT + "branches are concatenated",
-    "tnt": "a block carries two streams, pixels and patches",
-    "twins": "positions are added to x between the first block and the second, which interrupts the run",
-    "vgg": WITHOUT + "a chain of convolutions",
-    "alexnet": WITHOUT + "a chain of convolutions",
-    "xception": "its blocks are attributes of the model, not of a container",
-}
 TESTED = {  # words in torchvision's names, of networks of which a tiny one is tested
     *("vit", "swin", "swin3d", "maxvit", "mvit", "convnext", "regnet", "efficientnet", "mobilenet", "mnasnet"),
     *("resnet", "resnext", "wide", "r3d", "mc", "r2plus1d"),
@@ -132,12 +113,35 @@ def _build(library: str, name: str, device: str) -> nn.Module:
             return models.get_model(name, weights=None, **backbone).train()
         from transformers import AutoConfig, AutoModel
 
-        return AutoModel.from_config(AutoConfig.for_model(name)).train()
+        config = AutoConfig.for_model(name)
+        for key, value in TRAINABLE.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+        return AutoModel.from_config(config).train()
 
 
-def described(model: nn.Module) -> Row:
+def batch_of(library: str, name: str, model: nn.Module, samples: Row = SAMPLES) -> Any:
+    """Random tensors of the model's own size, or a dictionary of them by name. ValueError for detectors."""
+    if library == "transformers":
+        main = getattr(model, "main_input_name", "")
+        config = getattr(model, "config", None)
+        kind = "sound" if main.startswith("input_") and main != "input_ids" else "text" if main == "input_ids" else ""
+        moving = name in VIDEO or "num_frames" in vars(config)
+        count = samples[kind or ("video" if moving else "picture")]
+        longest = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
+        return zoo_transformers.inputs_of(model, config, samples=count, tokens=longest, sound=SOUND)
+    if library == "timm":
+        return torch.randn(samples["picture"], *getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))
+    if ".video" in type(model).__module__:
+        return torch.randn(samples["video"], 3, 16, 224, 224)
+    if ".detection" in type(model).__module__:
+        raise ValueError("a detector wants boxes; its backbone stands in the table by itself")
+    return torch.randn(samples["picture"], 3, 224, 224)
+
+
+def described(model: nn.Module, probe: Any = None) -> Row:
     """What `dr2net.convert` makes of it."""
-    report = dr2net.convert(model)
+    report = dr2net.convert(model, probe=probe, chunk_mib=None if probe is None else CHUNK_MIB)
     blocks = [block for s in sequences(model) for block in blocks_of(s).values()]
     branches = [found for block in blocks if (found := find_branches(block)[0])]
     counts = Counter(len(found) for found in branches)
@@ -157,13 +161,38 @@ def described(model: nn.Module) -> Row:
 def attempt(row: Row) -> Row:
     """The row with what came of the conversion, or the reason why nothing did."""
     try:
-        row |= described(build(row["library"], row["model"]))
+        return row | described(build(row["library"], row["model"]))
     except Exception as error:  # of any model of three libraries: it is told in the table
         lines = str(error).splitlines() or [type(error).__name__]
-        row["reason"] = REASONS.get(row["family"]) or REASONS.get(re.split(r"[\d_]", row["family"])[0]) or lines[0]
-        if "can be made reversible" in lines[0] and row["reason"] == lines[0] and len(lines) > 1:
-            row["reason"] = lines[1].strip().partition(": ")[2] + "; `probe=` may take them as one branch each"
+    try:
+        return row | {"probe": True, **probed(row["library"], row["model"])[1]}
+    except RuntimeError as error:  # of a training step
+        row["reason"] = f"taken by a probe, but not trained: {str(error).splitlines()[0]}"
+        return row
+    except NoBlocksError as error:
+        lines = str(error).splitlines()
+    except Exception:  # then the reason without a probe is told
+        pass
+    row["reason"] = REASONS.get(row["family"]) or REASONS.get(re.split(r"[\d_]", row["family"])[0]) or lines[0]
+    if "can be made reversible" in lines[0] and row["reason"] == lines[0] and len(lines) > 1:
+        row["reason"] = lines[1].strip().partition(": ")[2]
     return row
+
+
+def probed(library: str, name: str, *, checkpointed: bool = False) -> tuple[nn.Module, Row]:
+    """A model whose blocks a probe has made reversible, and what came of them; or checkpointed."""
+    model = _build(library, name, "cpu")
+    batch = batch_of(library, name, model, dict.fromkeys(SAMPLES, 2))
+
+    def probe(model: nn.Module) -> object:
+        return planner.call(model, batch)
+
+    if checkpointed:
+        dr2net.checkpoint_blocks(model, probe=probe)
+        return model, {}
+    row = described(model, probe)
+    planner.loss_of(model, batch, "fp32").backward()  # what fails in training is no reversible model
+    return model, row
 
 
 def of_timm() -> Iterator[Row]:
@@ -193,31 +222,42 @@ def of_transformers() -> Iterator[Row]:
 
 
 def memory() -> Iterator[Row]:
-    """Activations at the peak of forward and backward, BATCH images of the model's size, float32; most models first."""
-    rows = read_json(part_file("timm"), "run the part timm first")["rows"]
-    for row in sorted(rows, key=lambda row: -row["models"]):
-        sizes: Row = {}
-        for method in ("dr2net", "checkpointed") if "share" in row else ():
-            try:
-                sizes[method] = activations(row["library"], row["model"], method)
-            except Exception as error:  # of any model: it is said here, and a dash in the table
-                print(f"{row['model']}, {method}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-                break
-        if sizes:
-            yield {"library": row["library"], "model": row["model"], **sizes}
+    """Activations at the peak of forward and backward in float32."""
+    there = (
+        {row["model"]: row for row in read_json(part_file("memory"), "")["rows"]}
+        if part_file("memory").exists()
+        else {}
+    )
+    for library in LIBRARIES:
+        for row in read_json(part_file(library), f"run the part {library} first")["rows"]:
+            if "share" not in row or row["model"] in SLOW:
+                continue
+            sizes = there.get(row["model"]) or {"library": library, "model": row["model"]}
+            for method in ("dr2net", "checkpointed") if "why" not in sizes else ():
+                try:
+                    sizes[method] = sizes.get(method) or activations(row, method)
+                except Exception as error:  # of any model: it is said here, and a dash in the table
+                    sizes["why"] = f"{method}: {type(error).__name__}: {str(error)[:200]}"
+                    print(f"{row['model']}: {sizes['why']}", flush=True)
+                    break
+            yield sizes
 
 
-def activations(library: str, name: str, method: str) -> int:
-    model = build(library, name)
-    if method == "checkpointed":
-        dr2net.checkpoint_blocks(model)
+def activations(row: Row, method: str) -> int:
+    library, name = row["library"], row["model"]
+    if row.get("probe"):
+        model, _ = probed(library, name, checkpointed=method == "checkpointed")
     else:
-        dr2net.convert(model, chunk_mib=CHUNK_MIB)
+        model = build(library, name)
+        if method == "dr2net":
+            dr2net.convert(model, chunk_mib=CHUNK_MIB)
+        else:
+            dr2net.checkpoint_blocks(model)
+    if method == "dr2net":
         dr2net.set_coefficients(model, 7 / 8, 1 / 8)
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
 
     def step() -> None:
-        planner.loss_of(model, torch.randn(BATCH, *size), "fp32").backward()
+        planner.loss_of(model, batch_of(library, name, model), "fp32").backward()
 
     return predict(step, model).activations
 
@@ -228,80 +268,6 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {**LIBRARIES, "memory": memory}
 
 def part_file(name: str) -> Path:
     return Path("results") / f"models_{name}.json"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def table(rows: list[Row], sizes: dict[str, Row]) -> str:
-    """Those that become reversible."""
-    lines = []
-    for row in rows:
-        size = sizes.get(row["model"], {})
-        ratio = f"{size['dr2net'] / size['checkpointed']:.2f}" if {"dr2net", "checkpointed"} <= set(size) else "-"
-        per_block = " or ".join(map(str, row["branches"]))
-        lines.append(
-            (
-                row["family"],
-                row["model"] if row["model"] != row["family"] else "",
-                str(row["blocks"]),
-                per_block,
-                percent(row["share"]),
-                ", ".join(row["cuts"]),
-                ratio,
-                "yes" if row.get("tested") else "-",
-            )
-        )
-    titles = ("family", "model", "blocks", "branches per block", "parameters", "cut by", "memory", "tested")
-    return markdown_table(titles, lines) + "\n"
-
-
-def page(parts: dict[str, dict[str, Any]]) -> str:
-    """docs/models.md."""
-    sizes = {row["model"]: row for row in parts.get("memory", {"rows": []})["rows"]}
-    known = parts["timm"]["versions"]
-    used = ", ".join(
-        f"{name} {known[name]}" for name in ("torch", "timm", "torchvision", "transformers") if name in known
-    )
-    texts = []
-    for library in LIBRARIES:
-        own = parts.get(library, {"rows": []})["rows"]
-        if not own:
-            continue
-        taken = [row for row in own if "share" in row]
-        rest = [row for row in own if "share" not in row]
-        grouped: dict[str, list[str]] = {}
-        for row in rest:
-            grouped.setdefault(row["reason"], []).append(f"`{row['family']}`")
-        lines = "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in grouped.items())
-        what = "modules" if library == "timm" else "models" if library == "torchvision" else "families"
-        texts.append(
-            f"## {library}\n\n{len(taken)} of {len(own)} {what}.\n\n{table(taken, sizes)}\nNot these:\n\n{lines}\n"
-        )
-    counted = parts["timm"]["rows"]
-    residual = [row for row in counted if not REASONS.get(row["family"], "").startswith(WITHOUT)]
-    taken = sum(row["models"] for row in residual if "share" in row)
-    models = sum(row["models"] for row in residual)
-    number = (
-        f"Of timm's {sum(row['models'] for row in counted)} models, {models} stand in modules with residual blocks of "
-        f"equal shape; modules that become reversible have {taken} of them, {percent(taken / models)}."
-    )
-    return f"""# Models that `dr2net.convert` knows
-
-Made by `python -m scripts.table_models` ({used}). For what is not here, `dr2net.convert(model, probe=...)` finds the
-chains of blocks itself, each block one branch; your own block is one short function (`common/dr2net/branches.py`).
-
-{number}
-
-Blocks: those that become reversible; the others run as they are, and `convert` reports why. Parameters: the share in
-reversible blocks. Cut by: along what a branch may run in chunks; batch norms that train make it run as a whole.
-Memory: predicted activations of a training step, {BATCH} images of the model's own size, float32, exact inversion at
-(7/8, 1/8) in chunks of {CHUNK_MIB} MiB, divided by those of checkpointing each block; above 1 checkpointing needs
-less (`dr2net.checkpoint_blocks`), as with few blocks per stage and batch norms that train; a dash was not predicted.
-Tested: keys, outputs, gradients, dropout, chunks and bf16 of a tiny model of the family.
-
-{chr(10).join(texts)}"""
 
 
 def main() -> None:
@@ -320,7 +286,7 @@ def main() -> None:
         elif options.dry_run:
             print(f"{name}: would write {file}")
         else:
-            rows = []
+            rows: list[Row] = []
             for row in PARTS[name]():  # what is there when it is stopped stays
                 rows.append(row)
                 write_text(file, json.dumps({"commit": sources, "versions": known, "rows": rows}, indent=1) + "\n")

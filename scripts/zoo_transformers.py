@@ -55,7 +55,7 @@ def build(name: str) -> tuple[nn.Module, Run]:
             model = AutoModel.from_config(config)
             if sum(p.numel() for p in model.parameters()) > 3e8:
                 raise ValueError("it is not tiny")
-            arguments = _inputs(model, config)
+            arguments = inputs_of(model, config)
             with torch.no_grad():
                 model.eval()(**arguments)
         except Exception:
@@ -81,15 +81,21 @@ def _shrink(config: Any, *, widths: bool) -> None:
         config.use_cache = False
 
 
-def _inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+def inputs_of(
+    model: nn.Module, config: Any, *, samples: int = 2, tokens: int = TOKENS, sound: int = 4000
+) -> dict[str, Any]:
+    """A batch by the names of forward's arguments: texts of `tokens`, sounds of `sound` values, pictures or videos of
+    the config's own size. ValueError for another kind of input."""
     generator = torch.Generator().manual_seed(1)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    def random(*shape: Any) -> Tensor:
+        return torch.randn(samples, *shape, generator=generator)
 
-    words = torch.randint(3, WORDS, (2, TOKENS), generator=generator)
+    words = torch.randint(3, WORDS, (samples, tokens), generator=generator)
     parameters = inspect.signature(type(model).forward).parameters
-    side = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", SIDE)
+    side: Any = getattr(config, "image_size", None) or getattr(
+        getattr(config, "vision_config", None), "image_size", SIDE
+    )
     side = side if isinstance(side, int) else side[0]
     channels = getattr(config, "num_channels", 3)
     main = model.main_input_name
@@ -103,24 +109,22 @@ def _inputs(model: nn.Module, config: Any) -> dict[str, Any]:
         video = (frames and "bool_masked_pos" not in parameters) or type(model).__name__.startswith(
             ("VideoMAE", "VJEPA")
         )
-        found["pixel_values"] = random(2, frames, channels, side, side) if video else random(2, channels, side, side)
+        found["pixel_values"] = random(frames, channels, side, side) if video else random(channels, side, side)
     elif main == "pixel_values_videos":
-        found["pixel_values_videos"] = random(2, getattr(config, "frames_per_clip", 4), 3, side, side)
+        found["pixel_values_videos"] = random(getattr(config, "frames_per_clip", 4), 3, side, side)
     elif main == "input_values":
         bins = getattr(config, "num_mel_bins", None)
-        found["input_values"] = random(2, getattr(config, "max_length", 1024), bins) if bins else random(2, 4000)
+        found["input_values"] = random(getattr(config, "max_length", 1024), bins) if bins else random(sound)
     elif main == "input_features":
         bins = getattr(config, "num_mel_bins", 80)
         length = 2 * getattr(config, "max_source_positions", 100)
-        found["input_features"] = (
-            random(2, bins, length) if "max_source_positions" in vars(config) else random(2, 64, bins)
-        )
+        found["input_features"] = random(bins, length) if "max_source_positions" in vars(config) else random(64, bins)
     else:
         raise ValueError(f"its main input is {main}")
     if "pixel_values" in parameters and "pixel_values" not in found and "input_ids" in found:
-        found["pixel_values"] = random(2, channels, side, side)
+        found["pixel_values"] = random(channels, side, side)
     if "decoder_input_ids" in parameters:
         found["decoder_input_ids"] = words
     if "bbox" in parameters:
-        found["bbox"] = torch.zeros(2, TOKENS, 4, dtype=torch.long)
+        found["bbox"] = torch.zeros(samples, tokens, 4, dtype=torch.long)
     return found

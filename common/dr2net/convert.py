@@ -61,7 +61,7 @@ def convert(model: nn.Module, options: Options | None = None, *, probe: Probe | 
     if probed is None:
         return report
     notes = ((name or type(model).__name__, why) for name, why in probed.notes.items())
-    return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(probed.runs, model))
+    return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(probed.runs, model, chosen))
 
 
 def convert_or_probe(model: nn.Module, probe: Probe, **changes: Any) -> Report:

@@ -28,6 +28,7 @@ from dr2net.beside import Word
 from dr2net.branches import blocks_of, find_branches, is_container
 from dr2net.entry import first_argument
 from dr2net.node import version_of
+from dr2net.options import Options
 from dr2net.residual_flow import ResidualFlow
 from dr2net.returns import Returned, form_of, kind_of, others_of
 from dr2net.whole import Found, output_of, samples_apart
@@ -50,6 +51,7 @@ class Call:
     form: Returned | None = None
     apart: dict[str, Word] | None = None  # see `samples_apart`
     size: int = 0  # elements of x
+    samples: int = 0  # in x
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Run:
     blocks: list[nn.Module]
     registered: bool  # one of them is
     size: int  # elements of x
+    samples: int  # in x
     branches: int = 0  # of all of them
 
 
@@ -160,7 +163,8 @@ def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None
                 flow.leave(None)
                 raise
             added = flow.leave(next((t for t in tree_leaves(result) if isinstance(t, Tensor)), None))
-            call.copies, call.kind, call.size = version_of(x) != version, kind, x.numel()
+            call.copies, call.kind = version_of(x) != version, kind
+            call.size, call.samples = x.numel(), len(x) if x.dim() else 0
             _look(call, block, entered, result, rest, rest_named, x, added)
             if call.reason:
                 return result
@@ -272,7 +276,7 @@ def _runs_of(container: nn.Module, calls: dict[nn.Module, list[Call]], found: di
             returns={} if registered else {call.kind: call.form for call in calls[block]},
         )
         if before is None or not continues:
-            runs.append(Run([], registered=False, size=last.size))
+            runs.append(Run([], registered=False, size=last.size, samples=last.samples))
         runs[-1].blocks.append(block)
         runs[-1].registered |= registered
         runs[-1].branches += max(1, len(find_branches(block)[0]))
@@ -330,8 +334,8 @@ def _finish(probed: Probed, containers: dict[str, nn.Module], calls: dict[nn.Mod
                 probed.found[block] = Found(reason=probed.found[block].reason or "it is inside a reversible block")
 
 
-def advice_of(runs: dict[str, list[Run]], model: nn.Module) -> tuple[str, ...]:
-    """Where checkpointing each block would store less, and where there is little of a residual connection."""
+def advice_of(runs: dict[str, list[Run]], model: nn.Module, options: Options) -> tuple[str, ...]:
+    """Where checkpointing each block would store less, and where one sample does not show that blocks may be cut."""
     own_bytes = next(model.parameters()).element_size()
     advice = []
     for name, of_container in runs.items():
@@ -341,5 +345,10 @@ def advice_of(runs: dict[str, list[Run]], model: nn.Module) -> tuple[str, ...]:
             advice.append(
                 f"{name or type(model).__name__} stores more than checkpointing of each block would (about "
                 f"{ours / 2**20:.3g} and {theirs / 2**20:.3g} MiB on the probe's batch): see dr2net.checkpoint_blocks"
+            )
+        if options.chunk_mib is not None and any(r.samples == 1 and not r.registered for r in of_container):
+            advice.append(
+                f"{name or type(model).__name__} runs its blocks as a whole, as one sample in the probe's batch does "
+                "not show whether samples are independent: give it two"
             )
     return tuple(advice)

@@ -303,6 +303,14 @@ def test_short_runs_are_told_to_store_no_less_than_checkpointing() -> None:
     assert dr2net.convert(net_of(4).float(), probe=probe_of(build_input().float())).advice == ()
 
 
+def test_a_probe_with_one_sample_is_told_that_chunks_want_two() -> None:
+    one = build_input().float()[:1]
+    assert dr2net.convert(net_of(4).float(), probe=probe_of(one)).advice == ()
+    (advice,) = dr2net.convert(net_of(4).float(), probe=probe_of(one), chunk_mib=1).advice
+    assert "one sample in the probe's batch" in advice and advice.endswith("give it two")
+    assert dr2net.convert(net_of(4).float(), probe=probe_of(build_input().float()), chunk_mib=1).advice == ()
+
+
 def stored_bytes(net: Net, batch: int) -> int:
     """At the peak of a step, in float32."""
 
