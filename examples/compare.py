@@ -190,7 +190,7 @@ def measure_memory(example: Example, recipe: Recipe) -> dict[str, Any]:
     optimizer = _optimizer(model, recipe)
     step = partial(_step, model, split, split.in_order()[-MEMORY_BATCH:], optimizer)
     found = asdict(memory.measure(step, model, optimizer))
-    del found["live"]
+    del found["live"], found["host"]
     return {"source": "measured", **found}
 
 

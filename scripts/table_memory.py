@@ -4,6 +4,7 @@
 
     vit        forward and backward of video ViTs, 1568 tokens, batch 16, against per-block checkpointing; no optimizer
     paper      the setting of the paper's Fig. 1 as near as we know it, beside its 44.7 and 24.1 GB
+    rivals     ViT-L and Video Swin-T in bfloat16, also offloaded to the host, and with an 8-bit optimizer
     seconds    30 seconds of video through Video Swin-L, and 512 frames through Video Swin-T
     frames     peak against frames, Video Swin-T and Swin-L
     depth      peak against depth, a ViT of width 768
@@ -28,9 +29,9 @@ from torch import nn
 
 import dr2net
 from dr2net import planner
-from dr2net.cli import print_table
+from dr2net.console import print_table
 from dr2net.memory import Memory, format_bytes, predict
-from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, Setting
+from dr2net.planner import BUDGETS_GB, CHUNKED, METHODS, RIVALS, Setting
 from engine.files import read_json, write_text
 from engine.records.provenance import commit, versions
 from engine.records.record import read_records
@@ -113,6 +114,18 @@ def paper() -> Rows:
     return [r for frames in (512, 768) for setting in settings for r in swin("Video Swin-T", frames, FULL, setting)]
 
 
+def rivals() -> Rows:
+    import timm
+
+    with torch.device("meta"):
+        vit = timm.create_model("vit_large_patch16_224").train()
+    setting, methods = Setting(precision="bf16"), [*METHODS, *RIVALS]
+    rows = swin("Video Swin-T", 768, methods, setting)
+    for method in methods:
+        rows.append(row("ViT-L, 128 images, bf16", method, planner.predictor(vit, method, setting)((128, 3, 224, 224))))
+    return rows
+
+
 def seconds() -> Rows:
     rows = []
     for name, frames in (("Video Swin-L", 900), ("Video Swin-T", 512)):
@@ -153,11 +166,13 @@ def measured() -> Rows:
     return rows
 
 
-PARTS: dict[str, Callable[[], Rows]] = {part.__name__: part for part in (vit, paper, seconds, frames, depth, measured)}
+PARTS: dict[str, Callable[[], Rows]] = {
+    part.__name__: part for part in (vit, paper, seconds, rivals, frames, depth, measured)
+}
 
 
 def row(setting: str, method: str, memory: Memory, **more: Any) -> dict[str, Any]:
-    sizes = {key: value for key, value in asdict(memory).items() if key not in ("live", "device", "process")}
+    sizes = {key: value for key, value in asdict(memory).items() if key != "live" and value is not None}
     return {"setting": setting, "method": method, **sizes, **more}
 
 
@@ -248,6 +263,13 @@ Plain finetuning of 512 frames in float32 is nearest to the published 44.7 GB, w
 authors' setting.
 
 {paper_table(rows["paper"])}
+## Offloaded, and with an 8-bit optimizer
+
+As `dr2net plan --rivals` predicts them. host: what forward leaves in the host's memory, by
+`torch.autograd.graph.save_on_cpu`, and backward takes back, through the bus, in each step. adamw8bit: two averages of
+one byte per number, with a float32 scale for each 256 (`common/dr2net/adamw8bit.py`).
+
+{split_table(rows["rivals"], {"host": lambda r: format_bytes(r["host"]) if "host" in r else "-"})}
 ## Depth
 
 A ViT of width 768, 1568 tokens, batch 16, float32, AdamW, chunks of 128 MiB.

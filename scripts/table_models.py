@@ -31,7 +31,7 @@ from torch import nn
 import dr2net
 from dr2net import planner
 from dr2net.branches import blocks_of, find_branches
-from dr2net.cli import print_table
+from dr2net.console import print_table
 from dr2net.convert import NoBlocksError, sequences
 from dr2net.memory import predict
 from engine.files import read_json, write_text

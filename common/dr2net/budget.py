@@ -129,9 +129,10 @@ def plan_budget(
     batches = MadeBatch(lambda: example, "the example", grows=False)
     methods = [method for method in METHODS if method.startswith("dr2net")]
     try:
-        found = list(choices(model.train(), batches, bytes_allowed, setting, device=device, methods=methods))
+        with planner.known_blocks(model.train(), batches):
+            found = list(choices(model, batches, bytes_allowed, setting, device=device, methods=methods))
+            least = 0 if found else min(_dial(model, method, setting, batches)(0).peak for method in methods)
         if not found:
-            least = min(_dial(model, method, setting, batches)(0).peak for method in methods)
             raise ValueError(
                 f"no setting of Dr2Net trains {type(model).__name__} on this batch within "
                 f"{format_bytes(bytes_allowed)}; the leanest needs {format_bytes(least)}: take a smaller batch or "

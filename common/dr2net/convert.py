@@ -56,12 +56,12 @@ def convert(model: nn.Module, options: Options | None = None, *, probe: Probe | 
     backward hooks on it, the model's own gradient checkpointing. The model is then as it was.
     """
     chosen = replace(options or Options(), **changes)
-    with _probed(model, probe, chosen) as probed:
+    with probed(model, probe, chosen) as found:
         report = _convert(model, chosen, checkpointed=False)
-    if probed is None:
+    if found is None:
         return report
-    notes = ((name or type(model).__name__, why) for name, why in probed.notes.items())
-    return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(probed.runs, model, chosen))
+    notes = ((name or type(model).__name__, why) for name, why in found.notes.items())
+    return replace(report, ordinary=(*report.ordinary, *notes), advice=advice_of(found.runs, model, chosen))
 
 
 def convert_or_probe(model: nn.Module, probe: Probe, **changes: Any) -> Report:
@@ -73,19 +73,19 @@ def convert_or_probe(model: nn.Module, probe: Probe, **changes: Any) -> Report:
 
 
 @contextmanager
-def _probed(model: nn.Module, probe: Probe | None, options: Options) -> Iterator[Probed | None]:
+def probed(model: nn.Module, probe: Probe | None, options: Options) -> Iterator[Probed | None]:
     """Inside, what a probe found out stands on the blocks; it stays on those that became reversible."""
     if probe is None:
         yield None
         return
     _refuse_converted(model)
-    probed = probe_blocks(model, probe, chunks=options.chunk_mib is not None)
-    for block, found in probed.found.items():
+    known = probe_blocks(model, probe, chunks=options.chunk_mib is not None)
+    for block, found in known.found.items():
         mark(block, found)
     try:
-        yield probed
+        yield known
     finally:
-        for block in probed.found:
+        for block in known.found:
             if entry_of(block) is None:
                 unmark(block)
 
@@ -201,7 +201,7 @@ def checkpoint_blocks(
     probe: for blocks of any type, a function that runs the model once, as in `convert`.
     """
     options = Options(inversion="float", keep=keep, chunk_mib=chunk_mib)
-    with _probed(model, probe, options):
+    with probed(model, probe, options):
         return _checkpoint_blocks(model, options, recompute_rest)
 
 

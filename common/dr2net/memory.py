@@ -76,6 +76,7 @@ class Memory:
     temporaries: int = 0  # of the activations
     device: int | None = None  # peak of the CUDA allocator, where there is one
     process: int | None = None  # peak resident memory of the whole process since it started; None when predicted
+    host: int | None = None  # what forward leaves in the host's memory, where it does (`offload.py`); it comes back
     live: tuple[LiveTensors, ...] = ()  # what lived at the peak, largest first
 
     @property

@@ -8,6 +8,8 @@
     lora                 rank 8 beside the linear layers of the blocks, all else frozen (peft)
     reversible, dr2net   converted; coefficients (0, 1), and those of the setting
     ..., chunks          the same with `chunk_mib` and `recompute_rest` (common/README.md, "Memory floor")
+    ..., offloaded       what forward saves waits in the host's memory (`offload.py`)
+    ..., adamw8bit       with the optimizer's state in 8 bits (`adamw8bit.py`), whatever the setting says
 
 "checkpointed, chunks" is the strongest rival that changes no function: it, too, never holds a branch as a whole.
 
@@ -18,20 +20,24 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dr2net import exact
+from dr2net.adamw8bit import AdamW8bitState
 from dr2net.branches import find_branches
-from dr2net.convert import all_blocks, checkpoint_blocks, convert, set_coefficients
+from dr2net.convert import NoBlocksError, all_blocks, checkpoint_blocks, convert, probed, set_coefficients
 from dr2net.error_law import anchor_spacing
 from dr2net.inputs import Batches, Shape, call, first_tensor
-from dr2net.memory import Memory, measure, predict
+from dr2net.memory import Memory, fake_tensors, measure, predict
+from dr2net.offload import Offload
 from dr2net.options import Options
 from dr2net.schedule import Schedule
 from dr2net.sharded_memory import predict_sharded
@@ -41,11 +47,16 @@ METHODS = (
     *("conventional", "checkpointed", "checkpointed, chunks", "lora"),
     *("reversible", "dr2net", "reversible, chunks", "dr2net, chunks"),
 )
+RIVALS = (  # beside METHODS, where somebody asks for them
+    *("checkpointed, offloaded", "dr2net, offloaded"),
+    *("checkpointed, chunks, offloaded", "dr2net, chunks, offloaded", "conventional, adamw8bit"),
+)
 IN_CHUNKS_TOO = ("checkpointed", "reversible", "dr2net")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-4),
     "sgd": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "adamw8bit": AdamW8bitState,
 }
 LORA_RANK = 8
 CHUNKED = Options(chunk_mib=256, recompute_rest=True)
@@ -80,19 +91,19 @@ class Phase:
 
 
 def apply(model: nn.Module, method: str, setting: Setting) -> None:
-    """Make the model ready for one of METHODS, in place.
+    """Make the model ready for one of METHODS or RIVALS, in place.
 
     ValueError if it has no block to convert or checkpoint; ImportError naming the extra without peft.
     """
-    if method.startswith("checkpointed"):
-        own = setting.options if method.endswith(", chunks") else Options(keep=setting.options.keep)
+    way, *variants = method.split(", ")
+    own = setting.options if "chunks" in variants else replace(setting.options, chunk_mib=None, recompute_rest=False)
+    if way == "checkpointed":
         checkpoint_blocks(model, keep=own.keep, chunk_mib=own.chunk_mib, recompute_rest=own.recompute_rest)
-    elif method == "lora":
+    elif way == "lora":
         _add_lora(model)
-    elif method != "conventional":
-        whole = replace(setting.options, chunk_mib=None, recompute_rest=False)
-        convert(model, setting.options if method.endswith(", chunks") else whole)
-        set_coefficients(model, *(setting.coefficients if method.startswith("dr2net") else (0, 1)))
+    elif way != "conventional":
+        convert(model, own)
+        set_coefficients(model, *(setting.coefficients if way == "dr2net" else (0, 1)))
 
 
 def _add_lora(model: nn.Module) -> None:
@@ -113,14 +124,49 @@ def _add_lora(model: nn.Module) -> None:
     inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=names), model)  # freezes all other parameters
 
 
+@contextmanager
+def known_blocks(model: nn.Module, batches: Batches) -> Iterator[str]:
+    """Inside, the blocks of a model none of whose types is registered are known if a probe finds them, as
+    `convert(probe=)` does; what it found, in words. Copies of the model know them too, also afterwards.
+
+    The probe is a forward pass of two samples, on paper for a model on the "meta" device: there nobody can see which
+    blocks treat each sample by itself, and rows in chunks have them whole. Errors as the forward's, and as `convert`.
+    """
+    try:
+        all_blocks(model)
+        yield ""
+        return
+    except NoBlocksError:
+        pass
+    few = batches.grow(((0,), 1), 2) if batches.grows else batches
+    with ExitStack() as stack:
+        with ExitStack() as paper:
+            on_meta = any(parameter.is_meta for parameter in model.parameters())
+            if on_meta:
+                paper.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+                paper.enter_context(fake_tensors(model, None))
+            found = stack.enter_context(probed(model, lambda model: call(model, few.make()), CHUNKED))
+        assert found is not None, "there was a probe"
+        runs = [f"{len(run.blocks)} in {name or 'the model'}" for name, runs in found.runs.items() for run in runs]
+        whole = ", whose chunks were not tried without values" * on_meta
+        yield f"blocks found by a probe: {', '.join(runs)}{whole}" if runs else ""
+
+
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sizes: Sizes, precision: str, device: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sizes: Sizes,
+    precision: str,
+    device: str,
+    saving: AbstractContextManager[Any] | None = None,
 ) -> Callable[[], None]:
-    """Forward, backward and optimizer step on a random batch of these sizes."""
+    """Forward, inside of `saving`, backward and optimizer step on a random batch of these sizes."""
 
     def step() -> None:
         batch = torch.randn(sizes, device=device) if isinstance(sizes, tuple) else sizes.make(device)
-        loss_of(model, batch, precision).backward()
+        with saving or nullcontext():
+            loss = loss_of(model, batch, precision)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -136,6 +182,7 @@ def predictor(
     """
     plain, model = model, copy.deepcopy(model)
     apply(model, method, setting)
+    setting, saving = _varied(method, setting)
     optimizer = build_optimizer(model, setting)
 
     known: dict[Sizes, Memory] = {}
@@ -149,19 +196,33 @@ def predictor(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the precision of the inverse: that is the subject of `dr2net check`
             if setting.shards > 1:
-                return _predict_sharded(copy.deepcopy(plain), method, setting, sizes, like)
-            step = training_step(model, optimizer, sizes, setting.precision, "cpu")
-            return predict(step, model, optimizer, like=like)
+                memory = _predict_sharded(copy.deepcopy(plain), method, setting, sizes, like, saving)
+            else:
+                step = training_step(model, optimizer, sizes, setting.precision, "cpu", saving)
+                memory = predict(step, model, optimizer, like=like)
+            return replace(memory, host=saving.bytes if saving else None)
 
     return predict_at
 
 
+def _varied(method: str, setting: Setting) -> tuple[Setting, Offload | None]:
+    """The setting of this method, and where it saves what forward saves; None: on the device."""
+    _, *variants = method.split(", ")
+    own = replace(setting, optimizer="adamw8bit") if "adamw8bit" in variants else setting
+    return own, Offload() if "offloaded" in variants else None
+
+
 def _predict_sharded(
-    model: nn.Module, method: str, setting: Setting, sizes: Sizes, like: Literal["cuda", "cpu"]
+    model: nn.Module,
+    method: str,
+    setting: Setting,
+    sizes: Sizes,
+    like: Literal["cuda", "cpu"],
+    saving: Offload | None,
 ) -> Memory:
     def make_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
         optimizer = build_optimizer(model, setting)
-        return training_step(model, optimizer, sizes, setting.precision, "cpu"), optimizer
+        return training_step(model, optimizer, sizes, setting.precision, "cpu", saving), optimizer
 
     blocks = all_blocks(model)
     apply(model, method, setting)
@@ -170,21 +231,25 @@ def _predict_sharded(
 
 def calibrate(model: nn.Module, method: str, setting: Setting, sizes: Sizes, device: str) -> tuple[Memory, Memory]:
     """(predicted, measured): the second step of a training on `device`, for real. Errors as `apply`; ValueError for
-    shards, which need their processes.
+    shards, which need their processes, and for adamw8bit, which trains nothing here.
     """
+    own, saving = _varied(method, setting)
     if setting.shards > 1:
         raise ValueError(f"{setting.shards} shards are not measured by one process; predict with `predictor`")
+    if own.optimizer == "adamw8bit":
+        raise ValueError("adamw8bit is only predicted; to train with it take bitsandbytes or torchao")
     like: Literal["cuda", "cpu"] = "cpu" if torch.device(device).type == "cpu" else "cuda"
     predicted = predictor(model, method, setting, like=like)(sizes)
     model = copy.deepcopy(model)
     apply(model, method, setting)
     model.to(device)
-    optimizer = build_optimizer(model, setting)
-    step = training_step(model, optimizer, sizes, setting.precision, device)
+    optimizer = build_optimizer(model, own)
+    step = training_step(model, optimizer, sizes, own.precision, device, saving)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step()  # the first loads kernels, and makes the optimizer's state
-        return predicted, measure(step, model, optimizer)
+        measured = measure(step, model, optimizer)
+    return predicted, replace(measured, host=saving.bytes if saving else None)
 
 
 def build_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
         optimizer.zero_grad(set_to_none=True)
 
     predicted = asdict(memory.predict(step, model, optimizer))
-    del predicted["live"]
+    del predicted["live"], predicted["host"]
     return build_record(
         config,
         metrics={},

@@ -77,7 +77,7 @@ class Step:
         found = asdict(
             memory.measure(lambda: losses.update(self(ready, number, copy=True)), self.model, self.optimizer)
         )
-        del found["live"]
+        del found["live"], found["host"]
         return losses, found
 
     def _with_global_targets(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import dr2net
-from dr2net.cli import main, parse_bytes
+from dr2net.cli import main
 from dr2net.inputs import parse_shape
+from dr2net.memory import parse_bytes
 from dr2net.model_names import find_by_depth, find_model
 from dr2net.planner import METHODS
 
@@ -117,7 +118,7 @@ def test_plan_shows_each_phase_of_a_schedule_and_takes_the_worst(factory: str, c
 
 
 def test_plan_draws_peaks_against_size_and_depth(factory: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("dr2net.cli.DEPTHS", (1, 2))
+    monkeypatch.setattr("dr2net.plan_command.DEPTHS", (1, 2))
     monkeypatch.setattr("dr2net.planner.METHODS", ("conventional", "dr2net"))
     picture = tmp_path / "peaks.png"
     plan(capsys, f"--model {factory}:small --input 1x3x32x32 --budget 2MiB --plot {picture}")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dr2net import Options, Schedule, planner
-from dr2net.planner import METHODS, Setting, calibrate, phases, predictor
+from dr2net.planner import METHODS, RIVALS, Setting, calibrate, phases, predictor
 
 RELATIVE = 0.02  # the promise of the planner
 CHUNKS = Options(chunk_mib=0.25, recompute_rest=True)  # each branch of the first stage in more than three pieces
@@ -33,9 +33,10 @@ def small_swin3d() -> tuple[nn.Module, tuple[int, ...]]:
 def test_predicted_is_measured_for_every_method(build: Callable, precision: str) -> None:
     pytest.importorskip("peft", reason="LoRA is optional: pip install 'dr2net[lora]'")
     model, shape = build()
-    for method in METHODS:
+    for method in (*METHODS, *(rival for rival in RIVALS if rival.endswith("offloaded"))):
         setting = Setting(precision, options=CHUNKS)
         predicted, measured = calibrate(model, method, setting, shape, "cpu")
+        assert predicted.host == measured.host and (predicted.host is None) == ("offloaded" not in method)
         for name in ("peak", "parameters", "gradients", "optimizer", "activations", "temporaries"):
             close = pytest.approx(getattr(measured, name), rel=RELATIVE, abs=RELATIVE * measured.peak)
             assert getattr(predicted, name) == close, (method, name)
