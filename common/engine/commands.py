@@ -13,6 +13,7 @@ user can mend is one line and exit code 1; anything else is a fault of the progr
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -29,6 +30,7 @@ from engine.records.record import task_of
 from engine.rows import find_row, rows_of_preset, with_method
 from engine.settings import Count, from_json
 from engine.task import DataFile, EvaluateFile, Model, ModelFile
+from engine.training.budget import within_budget
 from engine.training.checkpoint import read_state
 from engine.training.devices import build_accelerator, set_seed
 from engine.training.evaluation import collect_rows, score_once
@@ -50,11 +52,12 @@ def train(
 
     def main(words: list[str]) -> None:
         config = parse_config(rows, [word for word in words if word != "--plan"])
+        build = partial(model.build_model, config, pretrained=False)
+        config = within_budget(config, build, partial(model.example_batch, config))
         set_seed(config.run.seed)
         if "--plan" in words:
             say(f"{config.row}: predicting the memory of a step, of a paper row in a minute or more")
-            planned = model.build_model(config, pretrained=False)
-            publish_plan(plan_row(config, planned, lambda: model.example_batch(config)), Path("results"))
+            publish_plan(plan_row(config, build(), partial(model.example_batch, config)), Path("results"))
             return
         loaders = build_loaders(config, data)  # what is missing there is told before weights are fetched
         set_seed(config.run.seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from dr2net import Options, Schedule
+from dr2net.memory import parse_bytes
 from engine.settings import Count, NotNegative, Positive, Range, Settings, Share
 
 Method = Literal[
@@ -47,6 +48,8 @@ class Finetuning(Settings):
     method: Method = "dr2net"
     schedule: Schedule | None = None  # alpha and beta over the training; None: those of the method, if it has any
     options: Options = Options(tolerance=1e-2)  # how activations are rebuilt, in chunks or whole
+    # "20GiB" of the device, within which chunks and `keep` of the options are chosen before the training, for speed
+    budget: str | None = None  # None: as the options say
     also: tuple[str, ...] = ()  # other parts of the model that the method acts on, such as ("encoder",); not frozen
     check_every_epochs: Count | None = 1  # measure the true gradient error on one batch; None: never
     stop_above_tolerance: bool = False  # True: an error above options.tolerance stops the run instead of warning
@@ -58,6 +61,10 @@ class Finetuning(Settings):
             object.__setattr__(self, "schedule", own)  # so that a config says what it does
         if own is None and self.schedule is not None:
             raise ValueError(f"--finetuning.schedule: the method {self.method} has no coefficients to move")
+        if self.budget is not None:
+            if own is None:
+                raise ValueError(f"--finetuning.budget: the method {self.method} has nothing to choose within one")
+            parse_bytes(self.budget)
         if self.method == "checkpointed_chunks" and self.options.chunk_mib is None:
             raise ValueError("--finetuning.options.chunk-mib: the method checkpointed_chunks needs a size, such as 64")
         if self.method == "reversible" and self.schedule != own:

@@ -39,7 +39,7 @@ def apply_method(model: Model, finetuning: Finetuning) -> None:
     if finetuning.method == "frozen":
         model.backbone.requires_grad_(False)
         return
-    for part in _parts(model, finetuning):
+    for part in parts_of(model, finetuning):
         if isinstance(part, Recomputed):
             if finetuning.method != "conventional":
                 part.recompute(finetuning.options.chunk_mib)
@@ -58,7 +58,7 @@ def apply_method(model: Model, finetuning: Finetuning) -> None:
     set_coefficients(model, finetuning, 0.0)
 
 
-def _parts(model: Model, finetuning: Finetuning) -> list[nn.Module]:
+def parts_of(model: Model, finetuning: Finetuning) -> list[nn.Module]:
     """The backbone, and what else the method acts on."""
     parts = [model.backbone]
     for name in finetuning.also:
@@ -73,7 +73,7 @@ def _parts(model: Model, finetuning: Finetuning) -> list[nn.Module]:
 
 
 def _set_all(model: Model, finetuning: Finetuning, alpha: float, beta: float) -> None:
-    for part in _parts(model, finetuning):
+    for part in parts_of(model, finetuning):
         if not isinstance(part, Recomputed):
             dr2net.set_coefficients(part, alpha, beta)
 

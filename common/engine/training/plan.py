@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dr2net import memory
 from engine.config import Config
@@ -29,16 +30,7 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
     apply_method(model, config.finetuning)
     set_mode(model, config.finetuning)
     optimizer = build_optimizer(model, config.optimization)
-
-    def step() -> None:
-        batch = make_batch()
-        with autocast(config.optimization.precision, "cpu"):
-            outputs = model(batch)
-        with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
-            cast(Tensor, sum(model.losses(outputs, batch).values())).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = training_step(config, model, optimizer, make_batch)
     predicted = asdict(memory.predict(step, model, optimizer))
     del predicted["live"], predicted["host"]
     return build_record(
@@ -51,6 +43,24 @@ def plan_row(config: Config, model: Model, make_batch: Callable[[], Batch]) -> R
         curve=[],
         status="not run",
     )
+
+
+def training_step(
+    config: Config, model: Model, optimizer: Optimizer, make_batch: Callable[[], Batch], forwards: int = 1
+) -> Callable[[], None]:
+    """A step of a prepared model, to be run on fake tensors; its batches are of one size."""
+
+    def step() -> None:
+        for _ in range(forwards):
+            batch = make_batch()
+            with autocast(config.optimization.precision, "cpu"):
+                outputs = model(batch)
+            with step_in_backward(optimizer) if config.optimization.in_backward else nullcontext():
+                cast(Tensor, sum(model.losses(outputs, batch).values())).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def publish_plan(record: Record, folder: Path) -> Path:
