@@ -16,7 +16,7 @@ was rounded; a checksum per channel finds a branch for which this is not so. Bot
 computed from them: a grid that the first branch outgrows is replaced, n_0 encoded anew from the floats that entered
 and q_1 computed from that n_0, the one which inversion returns. (2) m = floor(beta n) means n in [m/beta,
 (m+1)/beta), so 0 <= r < 1/beta: r takes ceil(1/beta) values, ceil(log2(1/beta)) bits, none at beta = 1. (3) Nothing
-wraps: every q_i is measured before it is converted, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <=
+wraps: every q_i is measured before it is rounded, and |n_i| <= |q_i| + beta |n_{i-2}| + 1, so with |n_0|, |q_i| <=
 Q all streams of N branches stay within (Q + 1) min(N/2 + 2, 1 / (1 - beta)), which `limit` keeps inside the integer's
 range. All of them are counts of an element's own grid, which it shares with itself two branches ago, so it does not
 matter that elements have different ones; a coarser grid only lowers |n_0|. A magnitude is a float, so it is compared
@@ -95,15 +95,15 @@ def decode(n: Tensor, grid: Tensor) -> Tensor:
 
 
 def quantise(f: Tensor, x: Tensor, alpha: float, grid: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q_i and its largest magnitude, measured before conversion; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each.
+    """q_i and its largest magnitude, measured before rounding; f = F_i(x), x = x_{i-1} on the grid. (B, ...) each.
 
     `out`, of x's dtype and layout, is overwritten and becomes q_i; it may be f.
     """
     # into x's memory layout, so that a rebuilt stream has the layout of the first one and kernels add in the same order
     out = torch.empty_like(x) if out is None or out.stride() != x.stride() else out
-    scaled = torch.add(f, x, alpha=alpha, out=out).div_(grid).round_()
+    scaled = torch.add(f, x, alpha=alpha, out=out).div_(grid)
     size = magnitude(scaled)
-    return scaled.view(INTEGER[x.dtype]).copy_(scaled), size  # integers in place of floats of the same width
+    return scaled.view(INTEGER[x.dtype]).copy_(scaled.round_()), size  # integers in place of floats of the same width
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -158,6 +158,16 @@ def invert(q: Tensor, following: Tensor, words: Tensor | None, beta: Fraction) -
             m.mul_(beta.denominator)
         m.add_(unpack(words[:, columns], remainder_bits(beta), m))
     return q
+
+
+def faintest(n: Tensor) -> Tensor:
+    """The least of the samples' largest magnitudes, of n (B, ...); samples that are zero do not count."""
+    none = torch.iinfo(n.dtype).max
+    if not n.numel():
+        return n.new_full((), none)
+    inside = tuple(range(1, n.dim()))
+    sizes = torch.maximum(n.amin(inside).neg(), n.amax(inside))
+    return torch.where(sizes > 0, sizes, none).amin()
 
 
 def checksum(q: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ What shares a grid (`rows_of`): the last dimension, a token's channels, in (B, N
 channels of a position in convolutional streams, (B, C, H, W) or (B, C, T, H, W). Where nothing normalises the rows
 before they are mixed, as between convolutions, a large row makes its neighbours large, so there a scale is at least
 SPREAD times the root mean square of the sample. Where a norm does, tokens weaker than the square root of its epsilon
-are noise to it, and that is the least scale. A sample that is zero has no scale and gets OF_ZEROS.
+are noise to it beside stronger ones, and that is the least scale; but if all of a sample is that weak it is no noise,
+since nothing else is there, and its grid follows it: what then grows too far is an overflow, not a zero that nobody
+asked for. A sample that is zero has no scale and gets OF_ZEROS.
 
 The first branch may add far more than what entered (queries that start near zero). Then the grid is made coarser before
 anything depends on it (`coarser`), and the branch runs again.
@@ -38,6 +40,8 @@ EXPONENT = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # a f
 NORMAL = 1.479  # root mean square of normal values, in squares of the mean root of their magnitudes
 GROWTH = 32  # what the largest value that enters, or that the first branch adds, may grow by
 OF_ZEROS = 1 / 8  # fine for first branches of .02, and with room for streams of 1000
+FAINT = 16  # least scale of a sample that is faint everywhere, in scales of its strongest row; leaves it 13 bits
+LEAST = 1e-32  # its grid is still a normal float32
 SPREAD = 1 / 128  # with an outlier of 1e4, twelve bottlenecks of gain 1.5 fit in 1/256 and overflow in 1/1024
 
 
@@ -47,7 +51,7 @@ class Rows:
 
     dim: int = -1  # values along it share a grid
     spread: float = SPREAD  # least scale, in root mean squares of the sample
-    faint: float = 0.0  # least scale, in units of the stream
+    faint: float = 0.0  # least scale, in units of the stream, unless all of a sample is weaker
     room: float = 256.0  # the largest value of a row, in scales, is at most this
 
 
@@ -81,7 +85,8 @@ def grid_of(x: Tensor, rows: Rows) -> Tensor:
     if rows.spread:
         mean_square = of_sample.square().mean(1, keepdim=True).clamp_(max=torch.finfo(x.dtype).max)
         least = torch.maximum(least, mean_square.sqrt_().mul_(rows.spread))
-    least = least.clamp_(min=rows.faint).view(-1, *[1] * (x.dim() - 1))
+    faint = of_sample.amax(1, keepdim=True).mul_(FAINT).clamp_(max=rows.faint)
+    least = torch.maximum(least, faint).view(-1, *[1] * (x.dim() - 1))
     return _grid(torch.maximum(torch.maximum(scale, least), of_largest))
 
 
@@ -99,6 +104,6 @@ def coarser(grid: Tensor, f: Tensor, rows: Rows) -> Tensor | None:
 
 def _grid(scale: Tensor) -> Tensor:
     # finite, so that huge values are found to overflow instead of rounding to zero
-    scale = scale.clamp(min=1e-20, max=torch.finfo(scale.dtype).max)
+    scale = scale.clamp(min=LEAST, max=torch.finfo(scale.dtype).max)
     power_of_two = (scale.view(INTEGER[scale.dtype]) & EXPONENT[scale.dtype]).view(scale.dtype)  # mantissa cleared
     return power_of_two * 2.0 ** -PRECISION_BITS[scale.dtype]

@@ -1,7 +1,9 @@
 """What a module keeps besides parameters: a branch that runs twice must not move it twice.
 
 BatchNorm's running statistics move in the first run and are put back around the second. Any other buffer that changes
-in forward is refused, since the branch would then not compute the same twice. Not here: randomness (`rng.py`).
+in forward is refused, since the branch would then not compute the same twice, but for a table made anew for another
+size of input: a buffer outside the state dict that is replaced by one of another shape. If that is none, but a cache
+that grows, the recomputation differs and is an error (`node.py`). Not here: randomness (`rng.py`).
 """
 
 from collections.abc import Iterable
@@ -32,7 +34,9 @@ def buffer_versions(modules: Iterable[nn.Module]) -> BufferVersions:
 def refuse_changed_buffers(name: str, before: BufferVersions) -> None:
     """Only BatchNorm may change its buffers: its output in training does not depend on them, so it can be run again."""
     for module, key, buffer, version in before:
-        if module._buffers[key] is not buffer or buffer._version != version:
+        now = module._buffers.get(key)
+        table = key in module._non_persistent_buffers_set and now is not None and now.shape != buffer.shape
+        if not table and (now is not buffer or buffer._version != version):
             raise ValueError(
                 f"{type(module).__name__} in branch {name} changes its buffer {key!r} in forward, which would "
                 "happen again when the branch is recomputed; put it in eval mode or leave its block out"

@@ -46,6 +46,12 @@ if TYPE_CHECKING:
 
 
 COARSE = 0.02  # relative change of F in a recomputation that is still taken for rounding
+FEWEST = 256  # steps of the grid that the largest value of a stream has to have, else its last digits are too few
+FADED = (
+    "the stream {} of a reversible sequence is so weak against what entered that its largest value has fewer than "
+    f"{FEWEST} steps of the integers' grid, and would be wrong without notice; norm what enters (a block whose norm "
+    "comes after the sum makes any input small), leave the first block out, or convert with inversion='anchored'"
+)
 
 
 class Pass:
@@ -290,16 +296,23 @@ class Pass:
         return value + (smooth - smooth.detach()), n, size
 
     def _finish(self) -> None:
-        """Let go of the streams, then look for an overflow: once per pass, since looking waits for the device."""
-        sizes = self.sizes
+        """Let go of the streams, then look whether the grid fitted: once per pass, as looking waits for the device."""
+        sizes, n = self.sizes, self.n
         self.x = self.previous = self.n = self.n_previous = self.grid = self.side = None
         if not sizes or isinstance(sizes[0][1], FakeTensor):
             return
-        for (name, _), size in zip(sizes, torch.stack([size for _, size in sizes]).tolist(), strict=True):
+        *found, faintest = torch.stack([*(size for _, size in sizes), exact.faintest(n).to(sizes[0][1].dtype)]).tolist()
+        before = bound = found[0]  # of |n_{i-1}|, |n_i|
+        for index, ((name, _), size) in enumerate(zip(sizes, found, strict=True)):
             if not math.isfinite(size):
                 raise FloatingPointError(f"{name} of a reversible sequence is not finite (NaN or infinite)")
             if size > self.largest:
                 raise OverflowError(self._overflow(name, size))
+            before, bound = bound, size + float(self.beta) * before + 1 if index else bound
+            if index and size and bound < FEWEST:
+                raise FloatingPointError(FADED.format(f"behind {name}"))
+        if faintest < FEWEST:
+            raise FloatingPointError(FADED.format("of a sample at the end"))
 
     def _overflow(self, name: str, size: float) -> str:
         alpha, beta = float(self.sequence.alpha), float(self.beta)

@@ -51,7 +51,7 @@ def test_inputs_of_all_branches_are_rebuilt_bit_for_bit(
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = net(x).float().sum()
-    except OverflowError:
+    except (OverflowError, FloatingPointError):  # streams that outgrow their integers, or fade in them
         reject()
     loss.backward()
     assert_rebuilt_bitwise(seen, 2 * num_blocks)

@@ -1,5 +1,6 @@
 """The grid of the exact streams: fine enough for every row beside outliers, coarse enough for streams that grow."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -113,6 +114,59 @@ def _(block: Decoder):
         dr2net.Branch("look", block.look, (block.norm1, block.attention, own)),
         dr2net.Branch("mlp", lambda x, memory: block.mlp(block.norm2(x)), (block.norm2, block.mlp)),
     )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-8])
+def test_a_sample_that_is_faint_everywhere_does_not_become_zero(size: float) -> None:
+    net, x = transformer(), tokens() * size
+    for block in net.blocks:
+        block.norm1.eps = block.norm2.eps = 1.0  # so that branches add no more than what entered
+    for name, parameter in net.named_parameters():
+        parameter.data *= not name.endswith("bias")
+    with torch.no_grad():
+        expected, ours = net.blocks(x), converted(net, 1, 0).blocks(x)
+    assert relative([ours / size], [expected / size]) < NOT_NOISE
+    at = functools.partial(torch.mul, other=1 / size)
+    assert against_floats(net.blocks, x, at=at) < NOT_NOISE
+
+
+def test_a_faint_sample_that_grows_is_an_overflow_and_not_silently_zero() -> None:
+    with pytest.raises(OverflowError, match="times the scale of what entered"):
+        converted(transformer(), 7 / 8, 1 / 8).blocks(tokens() * 1e-12)
+
+
+class NormAfter(nn.Module):
+    """norm(x + linear(x)), as in BERT: whatever enters, what leaves is about one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(DIM, DIM), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear(x))
+
+
+@dr2net.branches_of.register
+def _(block: NormAfter):
+    return (dr2net.Branch("only", lambda x: block.norm(x + block.linear(x)) - x, (block.linear, block.norm)),)
+
+
+@pytest.mark.parametrize("samples", [slice(None), slice(1)])
+def test_a_stream_that_falls_below_its_grid_is_an_error(samples: slice) -> None:
+    torch.manual_seed(0)
+    net, x = Blocks([NormAfter() for _ in range(4)]), tokens()
+    assert against_floats(net, x) < NOT_NOISE
+    x[samples] *= 1e5
+    with pytest.raises(FloatingPointError, match="so weak against what entered.*inversion='anchored'"):
+        converted(net.float(), 1, 0).blocks(x)
+
+
+def test_zeros_to_which_branches_add_less_than_their_grid_are_an_error() -> None:
+    net = transformer()
+    for parameter in net.parameters():
+        parameter.data *= 1e-7
+    with pytest.raises(FloatingPointError, match="so weak against what entered"):
+        converted(net, 7 / 8, 1 / 8).blocks(torch.zeros(2, NUM_TOKENS, DIM))
 
 
 @pytest.mark.parametrize("start", [0.0, 1e-8, 1e-4, 1e-2])

@@ -9,6 +9,7 @@ from torch import nn
 from toy_blocks import WIDTH, build_input, build_net, converted, gradients, relative
 
 import dr2net
+from dr2net.node import RecomputationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:float inversion")
 
@@ -151,6 +152,35 @@ def test_a_module_with_state_of_its_own(inversion: str) -> None:
     with pytest.raises(ValueError, match=r"Counter in branch 0\.only changes its buffer 'count'"):
         blocks(x32())
     blocks.eval()(x32()).sum().backward()
+
+
+class Table(nn.Module):
+    """Positions, made anew for another number of rows; `grows`: each call adds a row, so that two calls differ."""
+
+    def __init__(self, grows: bool) -> None:
+        super().__init__()
+        self.grows = grows
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grows or self.table.shape[0] != x.shape[1]:
+            rows = self.table.shape[0] + 1 if self.grows else x.shape[1]
+            self.table = torch.arange(float(rows))[:, None]
+        return x * self.table.mean()
+
+
+@pytest.mark.parametrize("inversion", WAYS)
+def test_a_table_that_is_made_anew_for_another_size_is_no_state(inversion: str) -> None:
+    def call(b, x):
+        return b.module(b.linear(x))
+
+    blocks, fresh = sequence_of(call, inversion=inversion, module=Table(grows=False)), x32().requires_grad_()
+    blocks(fresh).sum().backward()
+    again = fresh.detach().clone().requires_grad_()
+    blocks(again).sum().backward()
+    assert torch.equal(again.grad, fresh.grad)
+    with pytest.raises(RecomputationError, match=r"branch \d\.only"):
+        sequence_of(call, inversion=inversion, module=Table(grows=True))(x32().requires_grad_()).sum().backward()
 
 
 def test_spectral_norm_and_instance_norm_with_statistics_have_state_too() -> None:
