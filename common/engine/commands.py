@@ -13,7 +13,6 @@ user can mend is one line and exit code 1; anything else is a fault of the progr
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -52,14 +51,21 @@ def train(
 
     def main(words: list[str]) -> None:
         config = parse_config(rows, [word for word in words if word != "--plan"])
-        build = partial(model.build_model, config, pretrained=False)
-        config = within_budget(config, build, partial(model.example_batch, config))
+
+        def build() -> Model:
+            return model.build_model(config, pretrained=False)
+
+        def make_batch() -> Any:
+            return model.example_batch(config)
+
         set_seed(config.run.seed)
         if "--plan" in words:
             say(f"{config.row}: predicting the memory of a step, of a paper row in a minute or more")
-            publish_plan(plan_row(config, build(), partial(model.example_batch, config)), Path("results"))
+            planned = within_budget(config, build, make_batch)
+            publish_plan(plan_row(planned, build(), make_batch), Path("results"))
             return
         loaders = build_loaders(config, data)  # what is missing there is told before weights are fetched
+        config = within_budget(config, build, make_batch)
         set_seed(config.run.seed)
         record = fit(config, model.build_model(config), loaders, evaluate)
         say(f"{record.row} seed {record.seed}: {_in_words(record.metrics)}")
