@@ -40,12 +40,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def ratio_of(sizes: dict[str, Row], row: Row) -> float | None:
+    """Predicted activations over those of checkpointing each block."""
+    size = sizes.get(row["model"], {})
+    return size["dr2net"] / size["checkpointed"] if {"dr2net", "checkpointed"} <= set(size) else None
+
+
 def table(rows: list[Row], sizes: dict[str, Row]) -> str:
     """Those that become reversible."""
     lines = []
     for row in rows:
-        size = sizes.get(row["model"], {})
-        ratio = f"{size['dr2net'] / size['checkpointed']:.2f}" if {"dr2net", "checkpointed"} <= set(size) else "-"
+        ratio = ratio_of(sizes, row)
         per_block = " or ".join(map(str, row["branches"]))
         lines.append(
             (
@@ -55,7 +60,7 @@ def table(rows: list[Row], sizes: dict[str, Row]) -> str:
                 per_block,
                 percent(row["share"]),
                 ", ".join(row["cuts"]),
-                ratio,
+                "-" if ratio is None else f"{ratio:.2f}",
                 "yes" if row.get("tested") else "-",
             )
         )
@@ -93,6 +98,17 @@ def page(parts: dict[str, dict[str, Any]]) -> str:
         f"Of timm's {sum(row['models'] for row in counted)} models, {models} stand in modules with residual blocks of "
         f"equal shape; modules that become reversible have {taken} of them, {percent(taken / models)}."
     )
+    ratios = {
+        library: sorted(filter(None, (ratio_of(sizes, row) for row in parts[library]["rows"])))
+        for library in parts
+        if library in LIBRARIES
+    }
+    less = "; ".join(
+        f"{library} {sum(r < 0.9 for r in own)} less, {sum(0.9 <= r <= 1.1 for r in own)} about as much, "
+        f"{sum(r > 1.1 for r in own)} more (median {own[len(own) // 2]:.2f})"
+        for library, own in ratios.items()
+        if own
+    )
     batch = (
         f"{SAMPLES['picture']} pictures of the model's own size, {SAMPLES['video']} clips, {SAMPLES['text']} texts of "
         f"{TOKENS} tokens\nor {SAMPLES['sound']} sounds of five seconds"
@@ -108,7 +124,11 @@ Blocks: those that become reversible; the others run as they are, and `convert` 
 reversible blocks. Cut by: along what a branch may run in chunks; batch norms that train make it run as a whole.
 Memory: predicted activations of a training step in float32, exact inversion at (7/8, 1/8) in chunks of {CHUNK_MIB} MiB,
 divided by those of checkpointing each block; above 1 checkpointing needs less (`dr2net.checkpoint_blocks`), as with few
-blocks per stage and batch norms that train; a dash was not predicted (detectors, Mamba). The batch: {batch}.
+blocks per stage and batch norms that train; a dash was not predicted: detectors, losses that look at values, Mamba.
+The batch: {batch}.
+Against checkpointing Dr2Net stores, of the models here: {less}.
+So it is for transformers with long stages. For convolutions with batch norm, and for hierarchies whose large first
+stages have few blocks (MViT, Hiera, MaxViT), take checkpointing.
 A family with `probe=` has no adapter: each block that a probe finds is one branch.
 Tested: keys, outputs, gradients, dropout, chunks and bf16 of a tiny model of the family.
 

@@ -6,8 +6,8 @@
                     why it does not convert (minutes)
     torchvision     the same of each of its models
     transformers    the same of the families that are finetuned most
-    memory          predicted activations of all of these, against checkpointing each block (an hour; stop and start it
-                    at will: what stands in its file is not predicted again)
+    memory          predicted activations of all of these, against checkpointing each block (half an hour; --force
+                    keeps what stands in its file and predicts the rest; delete the file to begin anew)
 
 Each part writes results/models_<part>.json and is skipped when that is there, unless --force. No weights are loaded and
 nothing is computed, but for families that only a probe takes. Whether outputs and gradients are right is not said here
