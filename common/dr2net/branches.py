@@ -59,6 +59,7 @@ class Branch:
         by all, "unused"; or a word for each argument by its name (`beside.py`). None: unknown, and with such a tensor F
         runs as a whole.
     hands_out: `function` returns a tuple: F, and what the block hands out behind its output, as in `return x, weights`.
+    whole: F is block(x) - x, in float32 even where the block's output has the lower precision of x.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Branch:
     independent: Literal["tokens", "samples"] | Callable[[Tensor], Groups] | None = None
     beside: Beside | None = None
     hands_out: bool = False
+    whole: bool = False
 
     own_parameters: tuple[nn.Parameter, ...] = field(init=False)
 

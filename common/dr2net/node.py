@@ -185,7 +185,8 @@ class Node:
         grad_x, *rest = [next(found, None) if t.requires_grad else None for t in inputs]
         if done.x.requires_grad and self.alpha != 0:
             # rounded as plain autograd rounds, so that the gradient is bitwise that of `store=True`
-            grad_x = grad * self.alpha if grad_x is None else (grad * self.alpha).add_(grad_x)
+            direct = (grad * self.alpha).to(done.x.dtype)
+            grad_x = direct if grad_x is None else direct.add_(grad_x)
         return grad_x, rest
 
     def differentiate_in_chunks(

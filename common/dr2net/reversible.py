@@ -7,7 +7,9 @@ Each residual branch of each block is one node of the autograd graph (`node.py`)
     "anchored"  floats              both streams every k branches                within a tolerance
     "float"     floats              nothing                                      noise at small beta (error_law.py)
 
-At beta = 0 nothing can be inverted and every node keeps its input: plain checkpointing. `store=True` runs the same
+At beta = 0 nothing can be inverted and every node keeps its input: plain checkpointing. So does a run of few branches
+that enters at half precision, at any beta and in that precision: n inputs of 2 bytes take no more than two streams of 4
+up to n = 4, and those of a stage of two blocks would be most of what is stored. `store=True` runs the same
 arithmetic under plain autograd with all activations kept: the reference of the tests and of `gradient_error`. With
 `chunk_mib` the branches that allow it run in chunks (`chunks.py`), else each as a whole.
 
@@ -141,12 +143,12 @@ class Pass:
         self.shards = [] if door is None else door.shards
         # a sharded block has other parameters while it runs than when the pass began
         for branch in self.branches[self.expected] if door is None else find_branches(block)[0]:
-            if self.sequence.checkpointed:  # as in the plain network the sum has the dtype that adding gives it
+            if self.plain:  # as in the plain network the sum has the dtype that adding gives it
                 self.dtype = self.x.dtype
             self._advance(branch, f"{name}.{branch.name}", args, named)
             self.sequence.ran += 1
         self.expected += 1
-        output = self.x if self.sequence.checkpointed else self.x.to(self.dtype)
+        output = self.x if self.plain else self.x.to(self.dtype)
         self.ended = self.expected == self.end
         if self.ended:
             self._finish()
@@ -167,10 +169,13 @@ class Pass:
         self.index, self.tape, self.sizes = 0, Tape(), []
         self.side: list[Tensor] | None = None  # of the first block
         self.dtype = x.dtype
-        self.x = self.previous = x if sequence.checkpointed or x.dtype == torch.float64 else x.float()
+        # Of few branches in half precision the inputs, as they come, take no more than two streams in float32 would.
+        self.short = not sequence.checkpointed and x.element_size() < 4 and self.length * x.element_size() <= 8
+        self.plain = sequence.checkpointed or self.short
+        self.x = self.previous = x if self.plain or x.dtype == torch.float64 else x.float()
         self.n = self.n_previous = self.grid = None
         # the grid looks at all tokens, and with a cache some are not there; nothing is inverted then
-        self.exact = sequence.inversion == "exact" and not self.remembers
+        self.exact = sequence.inversion == "exact" and not self.remembers and not self.short
         self.largest, self.rows = 0, Rows()
         self.beta = exact.rational(sequence.beta) if self.exact else float(sequence.beta)
         computed_in = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
@@ -178,7 +183,7 @@ class Pass:
         self.every = self.length
         # An error of the streams within the tolerance changes F by about as much.
         self.coarse: float | None = min(max(5 * sequence.tolerance, COARSE), 10 * COARSE)
-        if sequence.checkpointed or self.beta == 0:
+        if self.plain or self.beta == 0:
             self.every = 1
         elif sequence.inversion == "anchored":
             spacing = anchor_spacing(sequence.alpha, float(self.beta), computed_in, sequence.tolerance)
@@ -246,8 +251,12 @@ class Pass:
         )
         if stored:
             result = self._stored(node, side)
-        elif self.sequence.checkpointed:
+        elif self.plain:
+            previous = self.x.view_as(self.x) if position == 0 else self.previous  # summed in the order of `_stored`
             result = Checkpointed.apply(node, self.x, *side, *parameters)
+            if self.short:  # alpha x is in it already
+                like = self.x if node.alpha == 0 else result
+                result = coupling.step(result, like, previous, 0, float(self.beta))
         else:
             result = DualResidual.apply(
                 node, self.x, self.previous, self.n, self.n_previous, self.grid, *side, *parameters
@@ -257,7 +266,7 @@ class Pass:
             self.n, self.n_previous = n, self.n
             self.sizes.append((f"branch {name}", size))
         else:
-            following = result
+            following = result.to(self.x.dtype) if branch.whole else result
         self.x, self.previous = following, self.x
         self.index += 1
 

@@ -52,7 +52,7 @@ class Found:
             return y.to(dtype) - x.to(dtype)
 
         cut: Any = {"independent": "samples", "beside": self.beside} if self.samples else {}
-        return (Branch("block", function, (block,), **cut),)
+        return (Branch("block", function, (block,), whole=True, **cut),)
 
 
 def output_of(result: Any) -> Tensor:
