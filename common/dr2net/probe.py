@@ -130,7 +130,7 @@ def _candidates(container: nn.Module) -> list[nn.Module]:
 def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None]:
     """Inside, each call of one of the blocks is noted."""
     made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> the block that returned it, its version then
-    beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what was returned behind an output -> the call
+    beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # what was returned behind an output -> the calls
     tried: dict[Any, dict[str, Word] | None] = {}  # by type of block and shape of x
     trying: list[nn.Module] = []  # runs that are not the model's
     replaced = [(block, block.__dict__.get("forward")) for block in calls]
@@ -150,8 +150,8 @@ def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None
                 call.reason = f"its first argument is a {type(x).__name__}, not a tensor"
                 return forward(*args, **named)
             for leaf in tree_leaves((rest, rest_named)):
-                if isinstance(leaf, Tensor) and leaf in beside:
-                    beside[leaf].reason = "a later block uses what it returns beside its output"
+                for returned in beside.get(leaf, ()) if isinstance(leaf, Tensor) else ():
+                    returned.reason = "a later block uses what it returns beside its output"
             before = made.get(x)
             call.before = before[0] if before is not None and before[1] == version_of(x) else None
             version, entered = version_of(x), x.clone() if x.is_floating_point() else x
@@ -169,7 +169,7 @@ def _watching(calls: dict[nn.Module, list[Call]], chunks: bool) -> Iterator[None
             if call.reason:
                 return result
             for other in others_of(result, rest, rest_named) if call.form is not None else ():
-                beside[other] = call
+                beside.setdefault(other, []).append(call)  # a block inside another returns it too
             if chunks and not call.copies and not (call.form is not None and call.form.more):
                 key = (type(block), x.shape, kind)
                 if key not in tried:

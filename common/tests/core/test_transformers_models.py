@@ -1,5 +1,7 @@
 """What transformers models do around their blocks: collected hidden states, checkpointing, tracing."""
 
+import copy
+
 import pytest
 import torch
 from model_zoo import FAMILIES
@@ -37,6 +39,37 @@ def test_hidden_states_are_those_of_the_plain_model_and_leave_it_usable(name: st
     assert relative(ours, gradients(model)) < 1e-5
     dr2net.convert(model)  # and once more
     model(x, output_hidden_states=True).logits.sum().backward()
+
+
+def test_the_block_of_t5_that_makes_the_position_bias_of_all_others_stays_with_all_that_is_inside_it() -> None:
+    from transformers import T5Config, T5Model
+
+    sizes = {
+        "num_layers": 4,
+        "d_model": 32,
+        "d_ff": 64,
+        "num_heads": 4,
+        "d_kv": 8,
+        "vocab_size": 99,
+        "dropout_rate": 0.0,
+    }
+    torch.manual_seed(0)
+    model = T5Model(T5Config(**sizes, use_cache=False)).train()
+    words = torch.randint(99, (2, 7))
+
+    def run(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=words, decoder_input_ids=words).last_hidden_state
+
+    ours, stored = copy.deepcopy(model), copy.deepcopy(model)
+    report = dr2net.convert(ours, probe=run)
+    assert report.sequences == (("encoder.block", 3, 3), ("decoder.block", 3, 3))
+    assert relative([run(ours)], [run(model)]) < 1e-4
+    dr2net.convert(stored, probe=run, store=True)
+    for net in (ours, stored):
+        dr2net.set_coefficients(net, 7 / 8, 1 / 8)
+        run(net).square().sum().backward()
+    assert relative(gradients(ours), gradients(stored)) < 1e-6
+    assert all(parameter.grad is not None for parameter in ours.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
