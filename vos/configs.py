@@ -179,7 +179,7 @@ def a2d_swint(method: Method) -> Config:
     dropout is active) and its features are kept; no dropout on attention probabilities; masks are matched at their own
     resolution, a quarter of the input; whole words left and right are swapped in mirrored samples (there parts of words
     too, "bright" to "bleft"); bf16 instead of fp16.
-    Predicted peak of a step, three windows of 320 x 576: conventional 25.9 GiB, checkpointed 8.9, dr2net 1.34.
+    Predicted peak of a step, three windows of 320 x 576: conventional 26.6 GiB, checkpointed 9.2, dr2net 1.41.
     """
     return Config(
         preset="paper",
@@ -219,7 +219,7 @@ def refytvos_swint(method: Method) -> Config:
 
     torchrun --nproc-per-node 4 -m vos.train refytvos_swint_dr2net
     Published (MTTR): J&F 55.32 on the server, which is gone. Not as there: as in a2d_swint.
-    Predicted peak of a step, one window of 360 x 640: conventional 12.0 GiB, checkpointed 3.8, dr2net 1.06.
+    Predicted peak of a step, one window of 360 x 640: conventional 12.5 GiB, checkpointed 3.9, dr2net 1.17.
     """
     base = a2d_swint(method)
     return replace(
