@@ -67,7 +67,7 @@ def predict(family: str, setting: Setting) -> dict[str, Any]:
     config = config_of(family, setting)
 
     def batch() -> dict[str, Any]:
-        own = example_batch(replace(config, data=replace(config.data, max_size=64)))
+        own = example_batch(config)
         padding = torch.zeros(IMAGES, HEIGHT, WIDTH, dtype=torch.bool)
         return {**own, "image": torch.zeros(IMAGES, 3, HEIGHT, WIDTH), "padding": padding}
 

@@ -66,6 +66,7 @@ class Pass:
     n_previous: Any
     grid: Any
     version: int | None  # of the tensor returned last
+    plain: bool  # inputs are kept, in the plain network's precision; else two streams are
 
     def __init__(self, sequence: "ReversibleSequence", block: nn.Module) -> None:
         self.sequence = sequence
