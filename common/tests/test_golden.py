@@ -33,10 +33,12 @@ FAMILIES = {
 }
 INPUTS = ("image", "video", "position", "features")  # of a batch: what is drawn
 NUM_STEPS = 5
-# Relative; kernels of another processor add in another order.
-SAME = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-5, "shapes_tiny": 1e-3, "rooms_tiny": 1e-5, "referring_tiny": 1e-4}
-# Where queries are matched, a last bit matches another sooner or later; from then on the numbers are others.
-COMPARED = {"shapes_tiny": 3, "referring_tiny": 3}
+# Relative, of the first step; kernels of another processor add in another order.
+FIRST = 1e-3
+# Of the later steps: Adam turns a last bit of a small gradient into a whole step, and where queries are matched it
+# matches another. Seen between two processors, one of them with AMX: 2e-7, 2e-4, 1e-2, 3e-3.
+LATER = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-3, "shapes_tiny": 0.05, "rooms_tiny": 0.02, "referring_tiny": 0.05}
+COMPARED = {"shapes_tiny": 3, "referring_tiny": 3}  # steps, where queries are matched
 
 
 def build(name: str) -> tuple[Config, Model, list[Batch]]:
@@ -99,8 +101,9 @@ def test_five_steps_of_a_row_are_what_they_were(name: str) -> None:
     golden, found = json.loads(FILE.read_text())[name], five_steps(name)
     family = next(family for family in FAMILIES if name.startswith(family))
     for key in ("loss", "gradient"):
-        first = slice(COMPARED.get(family, NUM_STEPS))
-        assert found[key][first] == pytest.approx(golden[key][first], rel=SAME[family])
+        assert found[key][0] == pytest.approx(golden[key][0], rel=FIRST)
+        later = slice(1, COMPARED.get(family, NUM_STEPS))
+        assert found[key][later] == pytest.approx(golden[key][later], rel=LATER[family])
     assert found["peak"] == golden["peak"]
 
 
