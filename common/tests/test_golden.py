@@ -34,7 +34,7 @@ FAMILIES = {
 INPUTS = ("image", "video", "position", "features")  # of a batch: what is drawn
 NUM_STEPS = 5
 # Relative, of the first step; kernels of another processor add in another order.
-FIRST = 1e-3
+FIRST = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-4, "shapes_tiny": 5e-3, "rooms_tiny": 1e-4, "referring_tiny": 1e-4}
 # Of the later steps: Adam turns a last bit of a small gradient into a whole step, and where queries are matched it
 # matches another. Seen between two processors, one of them with AMX: 2e-7, 2e-4, 1e-2, 3e-3.
 LATER = {"motion_tiny": 1e-5, "untrimmed_tiny": 1e-3, "shapes_tiny": 0.05, "rooms_tiny": 0.02, "referring_tiny": 0.05}
@@ -101,7 +101,7 @@ def test_five_steps_of_a_row_are_what_they_were(name: str) -> None:
     golden, found = json.loads(FILE.read_text())[name], five_steps(name)
     family = next(family for family in FAMILIES if name.startswith(family))
     for key in ("loss", "gradient"):
-        assert found[key][0] == pytest.approx(golden[key][0], rel=FIRST)
+        assert found[key][0] == pytest.approx(golden[key][0], rel=FIRST[family])
         later = slice(1, COMPARED.get(family, NUM_STEPS))
         assert found[key][later] == pytest.approx(golden[key][later], rel=LATER[family])
     assert found["peak"] == golden["peak"]
