@@ -6,7 +6,7 @@ As `dr2net.plan_budget` does it, but for the row's own step: its losses, its opt
 on. Branches run whole or in chunks, and as many of the last ones keep their insides as the predicted peak allows, in
 the schedule's worst phase. What was chosen stands in the config, so in checkpoints and Records. Counted too are
 gradients that wait for further forward passes or other processes, and averaged weights; not the evaluation, nor the
-gradient check, which stores the activations of two samples.
+gradient check, which stores the activations of two samples. A Record of a run on a CPU also counts the loader's batch.
 """
 
 import copy

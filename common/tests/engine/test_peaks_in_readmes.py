@@ -68,3 +68,15 @@ def test_slowfast() -> None:
     )
     said = f"needs {whole:.1f} GiB, checkpointed {blocks:.1f}, in chunks {chunks:.2f}, ours {ours:.2f}"
     assert said in text("common/README.md")
+
+
+def test_the_parts_of_a_detector() -> None:
+    rows = json.loads((ROOT / "results/detection_memory.json").read_text())["rows"]
+    found = {(one["family"], one["name"]): one["peak"] / 2**30 for one in rows}
+    both, readme = "backbone and encoder {}, head in pieces", text("detection/README.md")
+    for family in ("coco_swint", "coco_swinl"):
+        stored = found[family, "all stored"]
+        ours, theirs = (found[family, both.format(how)] for how in ("reversible (dr2net)", "checkpointed"))
+        alone = found[family, "backbone reversible (dr2net)"]
+        assert f"{stored:.2f}" in readme and f"to {ours:.2f} with Dr2Net" in readme and f"{theirs:.2f} with" in readme
+        assert f"{alone:.2f}" in readme.split("on the backbone alone")[1]
