@@ -80,3 +80,19 @@ def test_the_parts_of_a_detector() -> None:
         alone = found[family, "backbone reversible (dr2net)"]
         assert f"{stored:.2f}" in readme and f"to {ours:.2f} with Dr2Net" in readme and f"{theirs:.2f} with" in readme
         assert f"{alone:.2f}" in readme.split("on the backbone alone")[1]
+
+
+@pytest.mark.slow
+def test_the_table_that_plan_prints() -> None:
+    import timm
+
+    from dr2net import planner
+    from dr2net.memory import format_bytes
+
+    lines = [line.split("  ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+    shown = {cells[2]: [cell.strip() for cell in cells[3:] if cell.strip()] for cells in lines if len(cells) > 8}
+    model = timm.create_model("vit_small_patch16_224").train()
+    for method in planner.METHODS:
+        m = planner.predictor(model, method, planner.Setting("bf16"))((16, 3, 224, 224))
+        split = (m.peak, m.parameters, m.gradients, m.optimizer, m.stored, m.temporaries)
+        assert shown[method][:6] == [format_bytes(size) for size in split], method
