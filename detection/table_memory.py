@@ -44,8 +44,12 @@ SETTINGS = (
     Setting("backbone checkpointed", "checkpointed", encoder=False, pieces=False),
     Setting("backbone reversible (dr2net)", "dr2net", encoder=False, pieces=False),
     Setting("backbone and encoder checkpointed", "checkpointed", encoder=True, pieces=False),
+    Setting("backbone and encoder checkpointed, in chunks", "checkpointed_chunks", encoder=True, pieces=False),
     Setting("backbone and encoder reversible (dr2net)", "dr2net", encoder=True, pieces=False),
     Setting("backbone and encoder checkpointed, head in pieces", "checkpointed", encoder=True, pieces=True),
+    Setting(
+        "backbone and encoder checkpointed, in chunks, head in pieces", "checkpointed_chunks", encoder=True, pieces=True
+    ),
     Setting("backbone and encoder reversible (dr2net), head in pieces", "dr2net", encoder=True, pieces=True),
     Setting("backbone and encoder reversible (hard), head in pieces", "reversible", encoder=True, pieces=True),
 )
@@ -105,9 +109,11 @@ def main() -> None:
     rows = [] if arguments.force or not FILE.exists() else read_json(FILE, "delete it")["rows"]
     there = {(row["family"], row["name"]) for row in rows}
     wanted = [(family, setting) for family in FAMILIES for setting in SETTINGS]
+    order = [(family, setting.name) for family, setting in wanted]
     for family, setting in tracked("predicting", wanted):
         if (family, setting.name) not in there:
             rows.append(predict(family, setting))
+            rows.sort(key=lambda row: order.index((row["family"], row["name"])))
             write_json(FILE, {"commit": commit(), "versions": versions(), "rows": rows})
     write_table(rows, FILE.with_suffix(".md"))
     print(FILE.with_suffix(".md"))
