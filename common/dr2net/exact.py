@@ -185,7 +185,10 @@ def pack(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     words = _words(values, bits) if out is None else out
     for k, column in enumerate(columns):
         word, offset = divmod(k * bits, WORD)
-        words[word].bitwise_or_(column << offset if offset else column)
+        if offset + bits < WORD:  # the bits are free and the sign's is not reached: a sum is their union, in one kernel
+            words[word].add_(column, alpha=1 << offset)
+        else:
+            words[word].bitwise_or_(column << offset)
         if offset + bits > WORD:
             words[word + 1].bitwise_or_(column >> (WORD - offset))
     return words
@@ -200,7 +203,7 @@ def unpack(words: Tensor, bits: int, like: Tensor) -> Tensor:
         if offset + bits > WORD:
             low = WORD - offset
             column.bitwise_and_((1 << low) - 1).bitwise_or_(words[word + 1] << low)
-        column.bitwise_and_((1 << bits) - 1)
+    columns.bitwise_and_((1 << bits) - 1)
     return columns.reshape(-1)[: like.numel()].reshape(like.shape).to(like.dtype)
 
 
