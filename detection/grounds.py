@@ -22,11 +22,9 @@ EARTH = np.array(
 LEAF, GRAIN = (1.3, 3.0), (0.05, 0.4)  # pixels; deviation of log brightness
 
 
-def draw_ground(
-    rng: np.random.Generator, size: tuple[int, int], photographs: Sequence[np.ndarray], *, share: float = 0.5
-) -> np.ndarray:
-    """What the things lie on, float32 (H, W, 3); share: of pieces of the photographs, if there are any."""
-    if photographs and rng.random() < share:
+def draw_ground(rng: np.random.Generator, size: tuple[int, int], photographs: Sequence[np.ndarray]) -> np.ndarray:
+    """What the things lie on, float32 (H, W, 3)."""
+    if photographs and rng.random() < 0.5:
         ground = _crop(rng, photographs[int(rng.integers(len(photographs)))], size)
     else:
         ground = _earth(rng, size)

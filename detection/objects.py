@@ -48,22 +48,16 @@ SPRITE_HEIGHT = 0.3
 
 class Thing(NamedTuple):
     """One example: premultiplied pictures, each half of the one before. Of a sprite the channels are red, green, blue
-    and coverage; of a kind texture, height, nothing and coverage, unless it was photographed.
+    and coverage; of a kind texture, height, nothing and coverage.
     """
 
     label: int
     pyramid: tuple[Image.Image, ...]
-    photographed: bool = False  # in its own colors and light
 
     @property
     def kind(self) -> str | None:
         """Its name in KINDS; None for a sprite."""
         return None if self.label < len(SHAPES) else CLASSES[self.label]
-
-    @property
-    def height(self) -> float:
-        """Over the ground, in radii."""
-        return SPRITE_HEIGHT if self.kind is None else HEIGHTS[self.kind]
 
 
 @cache
@@ -78,7 +72,7 @@ def things_of(group: Group) -> tuple[tuple[Thing, ...], ...]:
         else:
             textures = [texture for shape, texture in objects_of(group) if shape == name]
             pictures = [draw_object(rng, name, textures[i % len(textures)], SIDE)[0] for i in range(EXAMPLES[group])]
-        found.append(tuple(Thing(label, halve_again(picture)) for picture in pictures))
+        found.append(tuple(Thing(label, _halve_again(picture)) for picture in pictures))
     return tuple(found)
 
 
@@ -126,9 +120,8 @@ def noise(rng: np.random.Generator, height: int, width: int, octaves: tuple[tupl
     return field
 
 
-def halve_again(picture: np.ndarray) -> tuple[Image.Image, ...]:
-    """RGBA (SIDE, SIDE, 4) and smaller ones down to 6 px, so that shrinking does not alias; premultiplied, so that
-    edges interpolate rightly."""
+def _halve_again(picture: np.ndarray) -> tuple[Image.Image, ...]:
+    """Down to 6 px, so that shrinking does not alias; premultiplied, so that edges interpolate rightly."""
     pyramid = [Image.fromarray(picture).convert("RGBa")]
     while pyramid[-1].width > 6:
         pyramid.append(pyramid[-1].resize((pyramid[-1].width // 2,) * 2, Image.Resampling.BOX))

@@ -10,13 +10,9 @@ With --copies, each object is also to be found by so many tokens of the encoder 
 matching, Jia et al., arXiv 2207.13080), which teaches backbone and classes faster than one token does.
 With --one-class, every thing is of the same class, and three of four scenes are forests: dense stands of crowns of the
 size that trees have in aerial photographs. A row with one class keeps the class layers.
-With --crowns besides, three of four scenes are crowns cut out of the boxes of the laptop's training photograph, on its
-own ground (`cutouts.py`), the fourth is a forest. What learned them has seen trees of that photograph before the rows
-train on it; never those of the photographs that they are tested on.
 Every few minutes a checkpoint is written beside the weights, and the same command goes on from it after a kill.
 Writes detection/weights/small.safetensors in float16, after AP has been measured on scenes with examples of the
-classes that were never trained on. No photograph of a data set is seen here, unless --photographs or --crowns names
-its folder.
+classes that were never trained on. No photograph of a data set is seen here, unless --photographs names its folder.
 """
 
 import argparse
@@ -39,11 +35,10 @@ from torch.utils.data import DataLoader, Dataset
 from detection.checkpoints import load_file
 from detection.configs import SMALL_WEIGHTS, Config, trees_small
 from detection.criterion import matched_losses
-from detection.cutouts import compose_stand, read_stock
 from detection.metric import evaluate_files
 from detection.model import build_model
 from detection.objects import CLASSES
-from detection.scenes import Scene, Stock, compose, compose_forest
+from detection.scenes import Scene, compose, compose_forest
 from detection.transformer import proposals
 from engine.data.loader import to_device
 from engine.data.workers import write_json
@@ -81,25 +76,19 @@ class Key(NamedTuple):
 class Batches(Dataset[Batch]):
     """Composed batches by their keys."""
 
-    def __init__(
-        self, config: Config, photographs: list[np.ndarray], *, one_class: bool, stock: Stock | None = None
-    ) -> None:
+    def __init__(self, config: Config, photographs: list[np.ndarray], *, one_class: bool) -> None:
         self.data = config.data
         self.photographs = photographs
         self.one_class = one_class
-        self.stock = stock
 
     def __getitem__(self, key: Key) -> Batch:
         seeds = [[STREAM["train"], key.number, i] for i in range(key.scenes)]
-        scenes = [self._compose(seed, i, (key.size, key.size)) for i, seed in enumerate(seeds)]
+        makers = [compose_forest if self.one_class and i % 4 else compose for i in range(key.scenes)]
+        scenes = [
+            make(seed, (key.size, key.size), photographs=self.photographs)
+            for make, seed in zip(makers, seeds, strict=True)
+        ]
         return to_batch(scenes, [f"composed {key.number}.{i}" for i in range(key.scenes)], self.data)
-
-    def _compose(self, seed: list[int], index: int, size: tuple[int, int]) -> Scene:
-        """The scene at this place of a batch."""
-        if self.stock is not None and index % 4:
-            return compose_stand(seed, self.stock, size)
-        forest = self.one_class and (self.stock is not None or index % 4 > 0)
-        return (compose_forest if forest else compose)(seed, size, photographs=self.photographs)
 
 
 def pretraining_config(*, one_class: bool = False) -> Config:
@@ -143,9 +132,7 @@ def share_of_rate(progress: float) -> float:
 class Training:
     """The model, its optimizer and averages, and where the training stands; progress is of steps or of minutes."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, photographs: list[np.ndarray], stock: Stock | None = None
-    ) -> None:
+    def __init__(self, arguments: argparse.Namespace, photographs: list[np.ndarray]) -> None:
         self.arguments = arguments
         self.config = pretraining_config(one_class=arguments.one_class)
         self.phases = PHASES[-1:] if arguments.one_class else PHASES  # trees keep their size in pixels
@@ -158,7 +145,7 @@ class Training:
         self.model.head.transformer.encoder.register_forward_hook(self._keep)
         self.optimizer = build_optimizer(self.model, self.config.optimization)
         self.ema = EMA(self.model, EMA_DECAY)
-        self.batches = Batches(self.config, photographs, one_class=arguments.one_class, stock=stock)
+        self.batches = Batches(self.config, photographs, one_class=arguments.one_class)
         self.step, self.seconds = 0, 0.0
         self.folder: Path = arguments.output.with_suffix(".checkpoint")
         if checkpoint.exists(self.folder):
@@ -329,11 +316,6 @@ def main() -> None:
     parser.add_argument(
         "--photographs", type=Path, help="a folder of photographs, for the ground of half of the scenes"
     )
-    parser.add_argument(
-        "--crowns",
-        type=Path,
-        help="with --one-class: the laptop's data set; three of four scenes have crowns of its training photograph",
-    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--workers", type=int, default=1, help="processes that compose; 0: between the steps")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints")
@@ -342,10 +324,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     photographs = [] if arguments.photographs is None else read_photographs(arguments.photographs)
-    if arguments.crowns is not None and not arguments.one_class:
-        parser.error("--crowns needs --one-class: crowns cut out of a photograph are no class of the composed scenes")
-    stock = None if arguments.crowns is None else read_stock(arguments.crowns)
-    training = Training(arguments, photographs, stock)
+    training = Training(arguments, photographs)
     training.run()
     training.save()
     training.ema.swap()

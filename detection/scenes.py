@@ -4,9 +4,8 @@
 
 Most things are small. Some scenes are a jumble of all classes, others a stand of one: clustered, in rows or touching,
 of one color, with the long shadows of one sun. The ground is noise in earthy colors, with furrows, slopes of light,
-paths and fallen sticks, or a piece of a given photograph; a stock brings things cut out of a photograph, too. Never
-more than half of a thing is hidden, and its box is that of what is seen. A pure function of the seed. Not here: files
-(`synthetic.py`).
+paths and fallen sticks, or a piece of a given photograph. Never more than half of a thing is hidden, and its box is
+that of what is seen. A pure function of the seed. Not here: files (`synthetic.py`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from detection.grounds import draw_grain, draw_ground, photograph
 from detection.objects import (
     CLASSES,
     COLORS,
+    HEIGHTS,
     KINDS,
+    SPRITE_HEIGHT,
     Thing,
     colored,
     place,
@@ -33,9 +34,6 @@ COUNT, EXTENT = (3, 25), (8.0, 96.0)  # things in 256 x 256 pixels, and the long
 FOREST, FOREST_COUNT, FOREST_EXTENT = ("crown", "conifer", "bush"), (5, 60), (18.0, 80.0)
 SUNNY = (0.5, 1.6)  # reach of their shadows
 LEAST_SEEN = 0.5  # of a thing's own pixels
-STRETCH = 1.6  # of a thing of a photograph
-SHADE = (0.25, 0.7)  # brightness of the ground below dense things of a photograph, of half of the scenes
-BLUISH = np.array([0.85, 0.95, 1.15], np.float32)  # what the sky lights
 SOLID = 128  # coverage of 255 from which on a pixel belongs to a thing
 
 
@@ -46,22 +44,6 @@ class Scene(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64, left, top, right, bottom in pixels, of the visible pixels
     labels: np.ndarray  # (n,) int64, into CLASSES
     owner: np.ndarray  # (H, W) int16: the thing that is seen there, -1 for the ground
-
-
-class Stock(NamedTuple):
-    """Things cut out of a photograph, and pieces of it without any (`cutouts.py`)."""
-
-    things: tuple[Thing, ...]
-    extents: np.ndarray  # (len(things),) float64, ascending: the longest side of each in the photograph, pixels
-    grounds: tuple[np.ndarray, ...]  # uint8 (H, W, 3)
-    sun: np.ndarray  # (2,) where the light comes from, x and y, length 1
-
-    def choose(self, rng: np.random.Generator, extent: float) -> Thing:
-        """One that need not be enlarged or reduced by more than STRETCH to become so large, if there is any."""
-        low, high = np.searchsorted(self.extents, (extent / STRETCH, extent * STRETCH))
-        if low == high:
-            low, high = 0, len(self.things)
-        return self.things[int(rng.integers(low, high))]
 
 
 class Layer(NamedTuple):
@@ -96,15 +78,13 @@ def compose(
     count: tuple[int, int] | None = None,
     extent: tuple[float, float] = EXTENT,
     leafy: bool = False,
-    stock: Stock | None = None,
 ) -> Scene:
     """Compose a scene.
 
     size: height and width in pixels; group: whose examples of the classes; photographs: uint8 (H, W, 3), the ground of
     half of the scenes; labels: the classes that may occur, None: all; count: the least and the most things that are
     tried, None: 3 to 25 in proportion to the area (at least 1 to 3); extent: of the longest side, pixels;
-    leafy: in the sun, with a grain as of leaves and grass; stock: take things and ground from a photograph, and its
-    sun; the whole is then turned and mirrored, sun included.
+    leafy: in the sun, with a grain as of leaves and grass.
     """
     rng = np.random.default_rng(seed)
     if count is None:
@@ -114,15 +94,8 @@ def compose(
     plan = _plan(rng, size, number, np.arange(len(CLASSES)) if labels is None else np.asarray(labels), extent)
     if leafy:
         plan = plan._replace(reach=float(rng.uniform(*SUNNY)))
-    if stock is not None:
-        plan = plan._replace(sun=stock.sun, reach=float(rng.uniform(*SUNNY)))
-    layers, owner = _arrange(rng, size, number, plan, group, extent, stock)
-    if stock is None:
-        canvas = draw_ground(rng, size, photographs)
-    else:
-        canvas = draw_ground(rng, size, stock.grounds, share=1.0)
-        if rng.random() < 0.5:
-            canvas *= np.float32(rng.uniform(*SHADE)) * BLUISH
+    layers, owner = _arrange(rng, size, number, plan, group, extent)
+    canvas = draw_ground(rng, size, photographs)
     if leafy:  # the ground is lit as the trees are, and then shaded
         canvas *= draw_grain(rng, size)
     _cast_shadows(rng, canvas, layers, plan)
@@ -132,8 +105,7 @@ def compose(
         canvas = np.where((owner >= 0)[..., None], canvas * draw_grain(rng, size), canvas)
     boxes = np.array([_box(owner, index, layer) for index, layer in enumerate(layers)], np.float64).reshape(-1, 4)
     found = np.array([layer.thing.label for layer in layers], np.int64)
-    scene = Scene(photograph(rng, canvas), boxes, found, owner)
-    return scene if stock is None else turn(scene, int(rng.integers(4)), mirror=bool(rng.integers(2)))
+    return Scene(photograph(rng, canvas), boxes, found, owner)
 
 
 def compose_forest(
@@ -157,20 +129,6 @@ def compose_forest(
         extent=FOREST_EXTENT,
         leafy=True,
     )
-
-
-def turn(scene: Scene, quarters: int, *, mirror: bool) -> Scene:
-    """Mirrored left and right or not, then turned counterclockwise by quarters."""
-    image, boxes, owner = scene.image, scene.boxes, scene.owner
-    if mirror:
-        image, owner = image[:, ::-1], owner[:, ::-1]
-        boxes = np.stack([owner.shape[1] - boxes[:, 2], boxes[:, 1], owner.shape[1] - boxes[:, 0], boxes[:, 3]], axis=1)
-    for _ in range(quarters):
-        width = image.shape[1]
-        image, owner = np.rot90(image), np.rot90(owner)
-        x0, y0, x1, y1 = boxes.T
-        boxes = np.stack([y0, width - x1, y1, width - x0], axis=1)
-    return Scene(np.ascontiguousarray(image), boxes, scene.labels, np.ascontiguousarray(owner))
 
 
 def _plan(
@@ -234,7 +192,6 @@ def _arrange(
     plan: Plan,
     group: Group,
     extent: tuple[float, float],
-    stock: Stock | None = None,
 ) -> tuple[list[Layer], np.ndarray]:
     """Find places, one thing over the others, so that of each at least LEAST_SEEN is seen; who is seen where."""
     owner = np.full(size, -1, np.int16)
@@ -254,10 +211,7 @@ def _arrange(
         radius = float(np.clip(side, *extent)) / 1.8  # drawn things fill nine tenths of their squares
         stretch = np.exp(rng.uniform(-0.15, 0.15))
         offset = (x % 1 - 0.5, y % 1 - 0.5)
-        angle = rng.uniform(0, 2 * np.pi)
-        if stock is not None:  # lit by the sun of its photograph
-            thing, angle = stock.choose(rng, 1.8 * radius), float(rng.normal(0, 0.2))
-        patch = place(thing, (radius * min(stretch, 1), radius / max(stretch, 1)), angle, offset)
+        patch = place(thing, (radius * min(stretch, 1), radius / max(stretch, 1)), rng.uniform(0, 2 * np.pi), offset)
         reach = len(patch) // 2
         total = int((patch[..., 3] >= SOLID).sum())
         top, left = int(y) - reach, int(x) - reach
@@ -294,7 +248,8 @@ def _cast_shadows(rng: np.random.Generator, canvas: np.ndarray, layers: list[Lay
     height, width = canvas.shape[:2]
     shadow = np.zeros((height, width), np.float32)
     for layer in layers:
-        length = plan.reach * layer.radius * layer.thing.height
+        kind = layer.thing.kind
+        length = plan.reach * layer.radius * (SPRITE_HEIGHT if kind is None else HEIGHTS[kind])
         for part in np.linspace(0, 1, 2 + int(length / max(0.7 * layer.radius, 4))):
             dx, dy = (round(float(v)) for v in -plan.sun * length * part)
             top, left = layer.top + dy, layer.left + dx
@@ -311,9 +266,7 @@ def _cast_shadows(rng: np.random.Generator, canvas: np.ndarray, layers: list[Lay
 def _paint(rng: np.random.Generator, canvas: np.ndarray, layer: Layer, plan: Plan) -> None:
     """The thing over what is there, in its colors, which vary a little from that of the others."""
     patch, kind = layer.patch, layer.thing.kind
-    if layer.thing.photographed:
-        color = patch[..., :3] * (1 + rng.normal(0, 0.1) + rng.normal(0, 0.03, 3)).astype(np.float32)
-    elif kind is None:
+    if kind is None:
         color = patch[..., :3] * rng.uniform(0.8, 1.1, 3).astype(np.float32)
     else:
         swing = (1 + rng.normal(0, 0.1) + rng.normal(0, 0.04, 3)).astype(np.float32)

@@ -8,9 +8,6 @@
 #   bash scripts/make_detector_weights.sh --steps 2000 --start runs/first.safetensors --output runs/second.safetensors
 #   bash scripts/make_detector_weights.sh --one-class --steps 1600 --start runs/second.safetensors --output runs/third.safetensors
 #   bash scripts/make_detector_weights.sh --one-class --steps 1000 --start runs/third.safetensors
-#   bash scripts/make_detector_weights.sh --one-class --crowns data/trees --steps 240 --start detection/weights/small.safetensors \
-#       --output detection/weights/trees.safetensors
-# The last part, a file of its own, has seen crowns of the laptop's training photograph (detection/README.md).
 # In the third, every second scene was a forest, without grain of leaves; the code has moved on since (see git).
 set -euo pipefail
 exec bash "$(dirname "$0")/pretrain_task.sh" detection "$@"
