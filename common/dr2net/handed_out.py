@@ -25,19 +25,21 @@ class Caught:
         self.stored = stored
         self.pieces: list[tuple[Any, ...]] = []
 
-    def values(self) -> tuple[Any, ...]:
-        """Each value that was handed out, the pieces of a tensor put together."""
-        return tuple(self._joined(pieces) for pieces in zip(*self.pieces, strict=True))
+    def values(self, output: Tensor) -> tuple[Any, ...]:
+        """Each value that was handed out beside `output`, the pieces of a tensor put together."""
+        return tuple(self._joined(pieces, output) for pieces in zip(*self.pieces, strict=True))
 
-    def _joined(self, pieces: tuple[Any, ...]) -> Any:
+    def _joined(self, pieces: tuple[Any, ...], output: Tensor) -> Any:
         if not isinstance(pieces[0], Tensor):
             return pieces[0]
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self.stored or not whole.requires_grad:
             return whole
-        detached = whole.detach().requires_grad_()
-        detached.register_hook(_refuse)
-        return detached
+        # On the way to what trains, so that torch.autograd.grad, too, passes the hook; a leaf's it would not look at.
+        handed = whole.detach() + output[:0].sum().to(whole.dtype)
+        if handed.requires_grad:
+            handed.register_hook(_refuse)
+        return handed
 
 
 class _Open(threading.local):

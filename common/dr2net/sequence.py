@@ -110,9 +110,9 @@ class ReversibleSequence(nn.Module):
         how = None if hands_out else self._returned(block, x, args, named)
         with caught(stored=self.store) as more:
             output = current.step(x, args, named, given)
-        result = output if how is None else how.put(output, args, named, more.values())
+        result = output if how is None else how.put(output, args, named, more.values(output))
         if hands_out:
-            result = (output, *more.values())
+            result = (output, *more.values(output))
         if not current.ended:
             if (door := door_of(block)) is None:
                 _keep_open(current, output)
